@@ -1,0 +1,72 @@
+# From a fresh machine (git, make, Python 3.11 or newer with venv) to results: `make repro`.  GNU make, POSIX sh.
+
+PYTHON ?= python3
+PORT ?= 5000
+ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+TRACKING = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(CURDIR)/.mlflow/mlflow.db)
+
+export PATH := $(BIN):$(PATH)
+# Nobody is told what is run here.  MLflow takes only the word true for DO_NOT_TRACK, others take any.
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help repro test lint ui lock environment venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make repro   environment, data, training, images, metrics    (ARGS: of dvc repro)'
+	@echo 'make test    environment, ruff, mypy, the test suite         (ARGS: of pytest)'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make ui      MLflow on http://127.0.0.1:$(PORT)                   (PORT=5000)'
+	@echo 'make lock    requirements.lock from pyproject.toml           (ARGS=--upgrade: newest versions)'
+	@echo 'make clean   remove .venv and caches; data, metrics and rows stay'
+	@echo
+	@echo 'PYTHON=python3.12 names the Python that .venv is made from.'
+
+repro: environment
+	@.venv/bin/dvc repro $(ARGS)
+
+test: lint
+	@.venv/bin/pytest $(ARGS)
+
+lint: environment
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+ui: environment
+	@mkdir -p .mlflow
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri '$(TRACKING)' --default-artifact-root '$(CURDIR)/.mlflow/artifacts' --no-serve-artifacts
+
+# One lock for every platform and every Python from 3.11 on; versions already locked stay, unless ARGS=--upgrade.
+lock: environment
+	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# .venv/lock and .venv/project are copies of what was installed, written last: an interrupted installation leaves none and is
+# done again, and equal content is not installed twice, whatever the time stamps say.  A moved checkout needs a new .venv.
+environment:
+	@{ pwd; cat requirements.lock; } | cmp -s - .venv/lock && test -x .venv/bin/python || $(MAKE) --no-print-directory venv
+	@cmp -s pyproject.toml .venv/project || { \
+		$(PIP) install --quiet --no-deps --no-build-isolation --editable . && cp pyproject.toml .venv/project; }
+
+venv:
+	@version=$$($(PYTHON) -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null) || { \
+		echo "Python 3.11 or newer is needed, but $(PYTHON) is $${version:-not there}." >&2; \
+		echo "Install one, or name one that is there, for example: make PYTHON=python3.12 repro" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) has no venv module.  On Debian or Ubuntu: sudo apt-get install python3-venv; then run make again." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@$(PIP) install --require-hashes --no-deps --no-compile -r requirements.lock || { \
+		echo "The packages of requirements.lock could not be installed; pip says why above.  If the network failed, run make again:" >&2; \
+		echo "what was downloaded is not downloaded twice.  Behind a mirror: set PIP_INDEX_URL, or index-url with pip config." >&2; exit 1; }
+	@{ pwd; cat requirements.lock; } > .venv/lock

@@ -1,0 +1,26 @@
+"""Pixels: uint8 on disk, [0, 1] for the VAE, [-1, 1] for diffusion.  One rounding rule for all that is scored: the nearest grey level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def from_unit(pixels: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded to nearest; values outside are clamped."""
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_signed(pixels: Tensor) -> Tensor:
+    """[-1, 1] -> uint8, rounded to nearest; values outside are clamped."""
+    return from_unit((pixels + 1) / 2)

@@ -1,0 +1,63 @@
+"""From the published sets to the splits the models see, and the manifest that describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rediffuse.data.images import ImageSet
+
+
+def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Divide into (all but n, n held out): n images drawn by the seed, without replacement; both keep the published order."""
+    # RandomState, because numpy promises that its stream never changes (NEP 19); that of default_rng may.
+    order = np.random.RandomState(seed).permutation(len(images))
+    return images.take(np.sort(order[n:])), images.take(np.sort(order[:n]))
+
+
+def describe(splits: Mapping[str, ImageSet], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest: `about` the set, then classes, shape, pixel mean and std of `train` by channel in [0, 1], and each split's counts
+    and the SHA-256 of its decoded content (the arrays' bytes).  It says nothing of where and when the files were found.
+    """
+    train = splits["train"]
+    mean, std = _mean_and_std(train.images)
+    return {
+        **about,
+        "classes": list(train.classes),
+        "shape": list(train.shape),
+        "mean": mean,
+        "std": std,
+        "splits": {name: _describe_split(split) for name, split in splits.items()},
+    }
+
+
+def _describe_split(split: ImageSet) -> dict[str, Any]:
+    described: dict[str, Any] = {"count": len(split), "sha256": {"images": _sha256(split.images)}}
+    if split.labels is not None:
+        described["sha256"]["labels"] = _sha256(split.labels)
+        per_class = np.bincount(split.labels, minlength=len(split.classes)).tolist()
+        described["per_class"] = dict(zip(split.classes, per_class, strict=True))
+    return described
+
+
+def _sha256(array: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def _mean_and_std(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+    """By channel, exact: from how often each of the 256 values occurs, in integers, so that no order of summation matters."""
+    means, stds = [], []
+    for channel in range(images.shape[1]):
+        chunks = np.array_split(images[:, channel], 64)  # bincount turns what it counts into int64
+        counts = np.sum([np.bincount(chunk.ravel(), minlength=256) for chunk in chunks], axis=0).tolist()
+        n = sum(counts)
+        first = sum(value * count for value, count in enumerate(counts))
+        second = sum(value**2 * count for value, count in enumerate(counts))
+        means.append(first / n / 255)
+        stds.append(math.sqrt(n * second - first**2) / n / 255)
+    return means, stds

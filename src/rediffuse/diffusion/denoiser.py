@@ -1,0 +1,72 @@
+"""The denoiser: a U-Net, what its output means, and the schedule it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rediffuse.diffusion.samplers import Denoise
+from rediffuse.diffusion.schedule import Name, Predict, Schedule
+from rediffuse.diffusion.unet import UNet
+
+
+class Denoiser(nn.Module):
+    """A network that predicts eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
+
+    shape: (C, H, W) of the images, which are in [-1, 1].  class_names: of the labels 0, 1, ..., none for an unconditional model;
+    the label `classes`, one past the last, means "no label".  The schedule is no buffer: an average of the weights must not touch it.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        T: int,
+        schedule: Name,
+        predict: Predict,
+        class_names: Sequence[str],
+        fold: int,
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.shape, self.predict = shape, predict
+        self.class_names, self.classes = tuple(class_names), len(class_names)
+        self.schedule = Schedule.make(schedule, T)
+        self.unet = UNet(
+            shape,
+            classes=self.classes,
+            fold=fold,
+            width=width,
+            multipliers=multipliers,
+            blocks=blocks,
+            attention=attention,
+            dropout=dropout,
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        output: Tensor = self.unet(x_t, t / self.schedule.T, labels)
+        return output.float()
+
+    def denoise(self, *, guidance_scale: float = 1.0) -> Denoise:
+        """D(x_t, t, labels) -> x_0 in [-1, 1], for the samplers.
+
+        guidance_scale w: output = none + w (conditional - none) (Ho & Salimans 2022, in the form where 1 is no guidance).
+        """
+
+        def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            if guidance_scale == 1 or labels is None:
+                output = self(x_t, t, labels)
+            else:
+                none = torch.full_like(labels, self.classes)
+                both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, none]))
+                conditional, unconditional = both.chunk(2)
+                output = torch.lerp(unconditional, conditional, guidance_scale)
+            return self.schedule.x_0_from(self.predict, output, x_t, t).clamp(-1, 1)
+
+        return denoise

@@ -1,0 +1,119 @@
+"""The training objective: noise an image to a random time, let the network undo it, score the squared error.
+
+Every random number comes from a CPU generator of the caller's, in float32 and in an order that hangs on the shapes alone, so
+that a CPU and a GPU train on the same noise.  Knows the denoiser only through `Network`; nothing of optimizers or loops.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rediffuse.diffusion.schedule import Predict, Schedule, Weighting
+
+QUARTERS = 4  # losses are also reported by quarter of t: (0, T/4], ..., (3T/4, T]
+
+
+class Network(Protocol):
+    """What the objective needs of a denoiser.  Labels run from 0 to classes - 1; the label `classes` means none."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def predict(self) -> Predict: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The raw output, an estimate of `schedule.target(predict, ...)`.  x_t: (B, C, H, W), t: int64 (B,), labels: int64 (B,)."""
+        ...
+
+
+def stratified_t(batch: int, T: int, generator: torch.Generator) -> Tensor:
+    """int64 (batch,) in 1..T, one from each of `batch` equal strata, in random order.
+
+    Each single t is uniform on 1..T, but their mean loss varies less than that of independent ones (Kingma et al. 2021, app. I.1).
+    """
+    u = torch.rand(batch, dtype=torch.float64, generator=generator)
+    u = (torch.randperm(batch, generator=generator) + u) / batch
+    return (u * T).long().clamp(max=T - 1) + 1  # u itself may round up to 1
+
+
+def drop_labels(labels: Tensor, null: int, p: float, generator: torch.Generator) -> Tensor:
+    """Replace each label by `null` with probability p, independently of the others (Ho & Salimans 2022, arXiv:2207.12598)."""
+    dropped = torch.rand(len(labels), generator=generator) < p
+    return labels.masked_fill(dropped.to(labels.device), null)
+
+
+def denoising_loss(
+    denoiser: Network,
+    x_0: Tensor,
+    labels: Tensor | None,
+    generator: torch.Generator,
+    *,
+    weighting: Weighting = "simple",
+    gamma: float = 5.0,
+    label_drop: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The loss of each image and the time it was noised to (Ho et al. 2020, algorithm 1).
+
+    x_0: (B, C, H, W) in [-1, 1]; labels: int64 (B,), or None without conditioning; generator: on the CPU; gamma: of min-snr.
+    Returns losses (B,), weighted, averaged over C, H, W; and t int64 (B,); both on x_0's device.
+    """
+    schedule, predict = denoiser.schedule, denoiser.predict
+    t = stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+    if labels is not None:
+        labels = drop_labels(labels, denoiser.classes, label_drop, generator)
+    losses = _squared_error(denoiser, x_0, labels, t, eps)
+    return schedule.loss_weight(predict, weighting, gamma, t).to(losses.dtype) * losses, t
+
+
+@torch.no_grad()
+def validation_loss(denoiser: Network, x_0: Tensor, labels: Tensor | None, *, seed: int, chunk: int = 256) -> dict[str, float]:
+    """Mean squared error of eps, DDPM's L_simple, on a fixed (t, noise) grid: {"eps_mse": all, "eps_mse_q1": ..., "eps_mse_q4": ...}.
+
+    Image i always meets the same noise at the same t/T, t stratified over the images, so that losses compare between epochs,
+    runs, weightings and kinds of prediction (not between schedules: the same t/T is another SNR there).  Whatever the network
+    puts out is rated as the eps it implies.  Nothing but memory and rounding depends on `chunk`, the number of images
+    evaluated at once.  The caller puts the network into eval mode.
+
+    x_0: (N, C, H, W) in [-1, 1]; labels: int64 (N,), none dropped, or None.  Quarters that no t falls into are left out.
+    """
+    schedule, predict = denoiser.schedule, denoiser.predict
+    generator = torch.Generator().manual_seed(seed)
+    t = stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
+    losses = []
+    for i in range(0, len(x_0), chunk):
+        x, y = x_0[i : i + chunk], None if labels is None else labels[i : i + chunk]
+        # Image by image: what torch.randn draws for an image would otherwise depend on the size of the chunk.
+        eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x]).to(x)
+        losses.append(_squared_error(denoiser, x, y, t[i : i + chunk], eps))
+    in_eps = schedule.error_scale("eps", t) / schedule.error_scale(predict, t)
+    all_losses = torch.cat(losses) * in_eps
+    quarters = quarter_means(by_quarter(all_losses, t, schedule.T))
+    return {"eps_mse": all_losses.mean().item()} | {f"eps_mse_{name}": value for name, value in quarters.items()}
+
+
+def by_quarter(losses: Tensor, t: Tensor, T: int) -> Tensor:
+    """(2, 4) on the losses' device: sum and count of the losses (B,) in each quarter of t.  Add these up over steps, without a sync."""
+    quarter = (t - 1) * QUARTERS // T
+    inside = (quarter == torch.arange(QUARTERS, device=t.device)[:, None]).to(losses.dtype)  # (4, B)
+    return torch.stack([(inside * losses.detach()).sum(1), inside.sum(1)])
+
+
+def quarter_means(totals: Tensor) -> dict[str, float]:
+    """{"q1": mean loss at the smallest t, ..., "q4": at the largest} from sums of `by_quarter`; quarters without a loss are left out."""
+    sums, counts = totals.tolist()
+    return {f"q{i}": total / n for i, (total, n) in enumerate(zip(sums, counts, strict=True), start=1) if n}
+
+
+def _squared_error(denoiser: Network, x_0: Tensor, labels: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+    """(B,): the network's error on its own target, averaged over C, H, W."""
+    schedule, predict = denoiser.schedule, denoiser.predict
+    output = denoiser(schedule.q_sample(x_0, t, eps), t, labels)
+    return (output.to(x_0.dtype) - schedule.target(predict, x_0, eps, t)).square().flatten(1).mean(1)

@@ -1,0 +1,176 @@
+"""Samplers: from x_T ~ N(0, I) to images, by a denoiser D(x_t, t, labels) -> x_0.
+
+Pure functions of one signature (`Sampler`), so that every sampler works with every denoiser, whatever its network predicts.
+All walk down `time_grid` and return the x_0 of the last step.  x_t keeps the dtype of x_T; coefficients are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rediffuse.diffusion.schedule import Schedule
+
+Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x_t (B, ...), t int64 (B,), labels int64 (B,) or None -> x_0 like x_t
+Noise = Callable[[], Tensor]  # the next N(0, I) like x_T, from the caller's generator
+Observe = Callable[[int, Tensor, Tensor], None]  # sees t, x_t and D(x_t, t) at the beginning of each step
+
+
+class Sampler(Protocol):
+    """Draw images (B, ...) from x_T ~ N(0, I) in the given number of steps, 1 <= steps <= T.
+
+    eta: for `ddim` only, 0 (deterministic) to 1 (ancestral).  noise: called once a step where the step is random (not the last
+    one), otherwise never.
+    """
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        schedule: Schedule,
+        x_T: Tensor,
+        labels: Tensor | None,
+        *,
+        steps: int,
+        eta: float = 0.0,
+        noise: Noise,
+        observe: Observe | None = None,
+    ) -> Tensor: ...
+
+
+def time_grid(T: int, steps: int) -> list[int]:
+    """steps + 1 times from T down to 0, strictly decreasing, as even as integers can be: T (1 - i/steps), half rounded up."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be between 1 and T ({T}), got {steps}")
+    return [(2 * T * (steps - i) + steps) // (2 * steps) for i in range(steps + 1)]
+
+
+def ddpm(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Ancestral sampling from q(x_s | x_t, x_0 = D(x_t)) (Ho et al. 2020, algorithm 2), on any subset of the steps."""
+    D, x_t = _observed(denoise, labels, observe), x_T
+    for t, s in pairwise(time_grid(schedule.T, steps)):
+        x_t, variance = schedule.q_posterior(D(x_t, t), x_t, t, s)
+        if s > 0:
+            x_t = x_t + variance.sqrt() * noise()
+    return x_t
+
+
+def ddim(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16); eta = 1 has the transitions of `ddpm`."""
+    D, x_t = _observed(denoise, labels, observe), x_T
+    alpha_bar, one_minus_alpha_bar = schedule.alpha_bar, schedule.one_minus_alpha_bar
+    for t, s in pairwise(time_grid(schedule.T, steps)):
+        x_0 = D(x_t, t)
+        eps = schedule.eps_from(x_0, x_t, t)
+        # eq. 16, with (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t) written as the 1 - SNR_t / SNR_s that it is
+        variance = eta**2 * one_minus_alpha_bar[s] * (1 - schedule.snr[t] / schedule.snr[s])
+        x_t = alpha_bar[s].sqrt() * x_0 + (one_minus_alpha_bar[s] - variance).sqrt() * eps
+        if variance > 0:
+            x_t = x_t + variance.sqrt() * noise()
+    return x_t
+
+
+def dpm_solver_pp_2m(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at one evaluation of D a step.
+
+    Deterministic.  The last step, to lambda = +inf, is of first order: it returns the last D.
+    """
+    D, x_t = _observed(denoise, labels, observe), x_T
+    alpha, sigma = schedule.alpha_bar.sqrt(), schedule.one_minus_alpha_bar.sqrt()
+    lambda_ = schedule.log_snr / 2  # log(alpha / sigma)
+    x_0_before, h_before = None, torch.tensor(0.0)
+    for t, s in pairwise(time_grid(schedule.T, steps)):
+        x_0 = D(x_t, t)
+        h = lambda_[s] - lambda_[t]
+        D_s = x_0
+        if x_0_before is not None and s > 0:
+            r = h_before / h
+            D_s = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+        x_t = sigma[s] / sigma[t] * x_t - alpha[s] * torch.expm1(-h) * D_s
+        x_0_before, h_before = x_0, h
+    return x_t
+
+
+def heun(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Heun's method for dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
+
+    Deterministic, second order, max(1, 2 steps - 2) evaluations of D.  x is the paper's x_t / sqrt(alpha_bar_t), sigma its
+    noise.  The last step, to sigma = 0, is Euler's as in the paper.  So is the first: where a schedule ends near alpha_bar = 0
+    it divides sigma by 10 to 1000 at once, and Heun's correction, which grows with that quotient, would spoil what follows.
+    """
+    D = _observed(denoise, labels, observe)
+    D_prime = _observed(denoise, labels, None)
+    scale = schedule.alpha_bar.sqrt()
+    sigma = (-schedule.log_snr / 2).exp()
+    x = x_T / scale[-1]
+    for t, s in pairwise(time_grid(schedule.T, steps)):
+        d = (x - D(scale[t] * x, t)) / sigma[t]
+        x_s = x + (sigma[s] - sigma[t]) * d
+        if t < schedule.T and s > 0:
+            d_prime = (x_s - D_prime(scale[s] * x_s, s)) / sigma[s]
+            x_s = x + (sigma[s] - sigma[t]) * (d + d_prime) / 2
+        x = x_s
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm-solver++": dpm_solver_pp_2m,
+    "heun": heun,
+}
+
+
+def _observed(denoise: Denoise, labels: Tensor | None, observe: Observe | None) -> Callable[[Tensor, int], Tensor]:
+    """D(x_t, t) for one t of the whole batch, shown to the observer."""
+
+    def D(x_t: Tensor, t: int) -> Tensor:
+        x_0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device), labels)
+        if observe is not None:
+            observe(t, x_t, x_0)
+        return x_0
+
+    return D

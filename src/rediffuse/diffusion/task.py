@@ -1,0 +1,49 @@
+"""The denoiser as a task for the trainer: model, training step and validation, made from the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rediffuse.data.pixels import to_signed
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.objective import QUARTERS, by_quarter, denoising_loss, validation_loss
+from rediffuse.params import DDPM
+
+
+def denoiser_config(params: DDPM, shape: tuple[int, int, int], class_names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the Denoiser for images (C, H, W) with these classes."""
+    architecture = {"T", "schedule", "predict", "fold", "width", "multipliers", "blocks", "attention", "dropout"}
+    names = list(class_names) if params.conditional else []
+    return {"shape": list(shape), "class_names": names} | params.model_dump(include=architecture)
+
+
+class DenoisingStep:
+    """The weighted denoising loss of one batch; logs it as a whole and by quarter of t."""
+
+    def __init__(self, params: DDPM) -> None:
+        self.params = params
+
+    def __call__(
+        self, model: Denoiser, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, t = denoising_loss(
+            model,
+            to_signed(images),
+            labels if model.classes else None,
+            generator,
+            weighting=self.params.loss_weight,
+            gamma=self.params.min_snr_gamma,
+            label_drop=self.params.label_drop,
+        )
+        quarters = by_quarter(losses, t, model.schedule.T)  # (2, QUARTERS): sums and counts
+        measures = {"loss": quarters.sum(1)} | {f"loss_q{i + 1}": quarters[:, i] for i in range(QUARTERS)}
+        return losses.mean(), measures
+
+
+def validate(model: Denoiser, images: Tensor, labels: Tensor | None, *, seed: int) -> dict[str, float]:
+    """The error of eps on held-out images, on a fixed grid of t and noise.  images: uint8 (N, C, H, W)."""
+    return validation_loss(model, to_signed(images), labels if model.classes else None, seed=seed)

@@ -1,0 +1,165 @@
+"""The U-Net (Ronneberger et al. 2015) that sees x_t, the time t and, where there are labels, what the image shows.
+
+Residual blocks with GroupNorm whose scale and shift come from t and label (Dhariwal & Nichol 2021), self-attention at the small
+resolutions, last layers that start at zero.  The image is first folded: fold x fold pixels become channels, so that the
+convolutions run at a resolution where a CPU and a GPU are fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+
+GROUPS = 8  # of GroupNorm; params.py keeps every width a multiple
+HEAD_DIM = 64
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class UNet(nn.Module):
+    """(B, C, H, W), t in [0, 1] (B,), labels int64 (B,) or None -> (B, C, H, W).
+
+    channels: C of the images.  classes: number of labels, of which index `classes` means "no label"; 0: unconditional.
+    width: features at the first resolution; multipliers: features of each resolution, in widths, each half the size of the one
+    before; blocks: residual blocks per resolution, on the way down and on the way up.  attention: the largest height at which
+    there is self-attention, 0 for none.  Any H and W: the image is padded inside, and the padding cropped again.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        classes: int,
+        fold: int,
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        channels, height, _ = shape
+        self.multiple = fold * 2 ** (len(multipliers) - 1)
+        self.width, self.classes = width, classes
+        embedding = 4 * width
+        self.embed_t = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.embed_label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
+
+        def block(inputs: int, outputs: int, size: int) -> ResidualBlock:
+            return ResidualBlock(inputs, outputs, embedding, attention=size <= attention, dropout=dropout)
+
+        features = [width * multiplier for multiplier in multipliers]
+        sizes = [math.ceil(height / self.multiple) * self.multiple // fold // 2**level for level in range(len(features))]
+        self.first = nn.Conv2d(channels * fold**2, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        before = width
+        for level, (outputs, size) in enumerate(zip(features, sizes, strict=True)):
+            for _ in range(blocks):
+                self.down.append(block(before, outputs, size))
+                before = outputs
+            if level + 1 < len(features):
+                self.down.append(nn.Conv2d(outputs, outputs, 3, stride=2, padding=1))
+        self.middle = nn.ModuleList([block(before, before, sizes[-1]), block(before, before, sizes[-1])])
+        for level in reversed(range(len(features))):
+            outputs, size = features[level], sizes[level]
+            if level + 1 < len(features):
+                self.up.append(Double(before, outputs))
+            self.up.extend(block(2 * outputs, outputs, size) for _ in range(blocks))
+            before = outputs
+        self.last = nn.Sequential(nn.GroupNorm(GROUPS, before), nn.SiLU(), zero(nn.Conv2d(before, channels * fold**2, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        height, width = x.shape[2:]
+        x = pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
+        embedding = self.embed_t(sinusoids(t, self.width))
+        if self.embed_label is not None:
+            if labels is None:
+                labels = torch.full((len(x),), self.classes, device=x.device)
+            embedding = embedding + self.embed_label(labels)
+        embedding = silu(embedding)
+        h = self.first(self.fold(x))  # (B, width, H / fold, W / fold)
+        skips = []
+        for layer in self.down:
+            if isinstance(layer, ResidualBlock):
+                h = layer(h, embedding)
+                skips.append(h)
+            else:
+                h = layer(h)
+        for block in self.middle:
+            h = block(h, embedding)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), embedding) if isinstance(layer, ResidualBlock) else layer(h)
+        output: Tensor = self.unfold(self.last(h))
+        return output[:, :, :height, :width]
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(norm(x)) twice, modulated by the embedding, then self-attention where asked for."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, *, attention: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm_1, self.conv_1 = nn.GroupNorm(GROUPS, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm_2, self.conv_2 = nn.GroupNorm(GROUPS, outputs), zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.attention = SelfAttention(outputs) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.conv_1(silu(self.norm_1(x)))
+        h = torch.addcmul(shift, self.norm_2(h), scale + 1)
+        h = self.conv_2(self.dropout(silu(h)))
+        attended: Tensor = self.attention(self.skip(x) + h)
+        return attended
+
+
+class SelfAttention(nn.Module):
+    """x + attention among all positions (Vaswani et al. 2017)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.heads = max(1, features // HEAD_DIM)
+        self.norm = nn.GroupNorm(GROUPS, features)
+        self.qkv, self.out = nn.Linear(features, 3 * features), zero(nn.Linear(features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, features)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, dim)
+        # Written out: on a CPU the backward pass of scaled_dot_product_attention takes 4 to 6 times as long at 7x7 positions.
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (B, heads, HW, HW)
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        return x + self.out(attended).transpose(1, 2).unflatten(2, (height, width))
+
+
+class Double(nn.Module):
+    """Twice the height and width."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """(B, width): sines and cosines of t in [0, 1], at frequencies from 1 to 1000 (Vaswani et al. 2017; DDPM, appendix B)."""
+    frequencies = torch.logspace(0, 3, width // 2, device=t.device)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def zero(module: M) -> M:
+    """Start a layer at zero, so that a residual block begins as the identity and the network's output as 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

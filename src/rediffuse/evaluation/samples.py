@@ -1,0 +1,54 @@
+"""Generated images as the stage `sample` leaves them: an npz with `images` and, from a conditional model, the `labels` it was asked for."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rediffuse.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """images: uint8 (N, C, H, W); labels: int64 (N,), the asked classes, or None."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_samples(path: Path, shape: tuple[int, ...], classes: int) -> Samples:
+    """The samples in the file.  Raises UserError if it is missing or damaged, or holds other things than images (C, H, W) = shape."""
+    remedy = f"make it with `dvc repro sample@{path.stem}`"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:  # AttributeError: an npy file, which has no names
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    if "images" not in arrays:
+        raise UserError(f"{path} must hold the array images, got {', '.join(arrays) or 'nothing'}: {remedy}")
+    images, labels = arrays["images"], arrays.get("labels")
+    check_images(images, shape, str(path))
+    if labels is not None:
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes:
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(f"{path}: labels must be {len(images)} integers from 0 to {classes - 1}, got {found}: {remedy}")
+        labels = labels.astype(np.int64)
+    return Samples(images, labels)
+
+
+def check_images(images: NDArray[np.uint8], shape: tuple[int, ...], title: str) -> None:
+    """Raise UserError unless images are at least one uint8 array of this (C, H, W)."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{title}: the images must be uint8 (0..255), got {images.dtype}: round and convert them once, when they are drawn")
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
+        wanted = ", ".join(str(size) for size in shape)
+        raise UserError(f"{title}: the images must be an array [N, {wanted}] as the instrument takes them, got {list(images.shape)}")

@@ -1,0 +1,260 @@
+"""The typed schema of params.yaml.  Every stage loads its parameters here; nothing else parses YAML.
+
+Units: durations and half-lives are counted in images, likelihoods in nats, learning rates per step.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from rediffuse.errors import UserError
+
+
+def _number(value: Any) -> Any:
+    """Take `1e-05` for a number: YAML 1.1 (PyYAML) reads it as text, and `dvc exp run -S x=1e-5` writes it so."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Group):
+    """What the models learn from."""
+
+    set: Literal["fashion-mnist"]
+    validation: Annotated[int, Field(ge=1, le=30_000)]
+
+
+class Reference(Group):
+    """The instrument that turns images into features."""
+
+    instrument: Literal["fashion-mnist-cnn-v1"]
+
+
+class Training(Group):
+    """One training run.  A step takes `batch` images; `images` are seen in all."""
+
+    images: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1, le=65_536)]
+    lr: Annotated[Float, Field(gt=0, le=1)]
+    lr_warmup: Annotated[int, Field(ge=0)]
+    weight_decay: Annotated[Float, Field(ge=0, le=1)]
+    clip_norm: Annotated[Float, Field(gt=0)]
+    ema_half_life: Annotated[int, Field(ge=0)]
+    log_every: Annotated[int, Field(ge=1)]
+    validate_every: Annotated[int, Field(ge=1)]
+    checkpoint_every: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Training:
+        if self.batch > self.images:
+            raise ValueError(f"batch ({self.batch}) must not exceed images ({self.images}): one step is the least that trains")
+        if self.lr_warmup > self.images:
+            raise ValueError(f"lr_warmup ({self.lr_warmup}) must not exceed images ({self.images})")
+        return self
+
+
+class VAE(Group):
+    """The variational autoencoder."""
+
+    latent_dim: Annotated[int, Field(ge=1, le=4096)]
+    channels: Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=5)]
+    hidden: Annotated[int, Field(ge=1, le=65_536)]
+    likelihood: Literal["bernoulli", "gaussian"]
+    beta: Annotated[Float, Field(ge=0, le=1000)]
+    kl_warmup: Annotated[int, Field(ge=0)]
+    free_bits: Annotated[Float, Field(ge=0, le=10)]
+    training: Training
+
+
+class DDPM(Group):
+    """The denoising diffusion model."""
+
+    T: Annotated[int, Field(ge=2, le=10_000)]
+    schedule: Literal["linear", "cosine", "sigmoid"]
+    predict: Literal["eps", "x0", "v"]
+    loss_weight: Literal["simple", "min-snr"]
+    min_snr_gamma: Annotated[Float, Field(gt=0)]
+    conditional: bool
+    label_drop: Annotated[Float, Field(ge=0, lt=1)]
+    fold: Literal[1, 2, 4]
+    width: Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
+    multipliers: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=5)]
+    blocks: Annotated[int, Field(ge=1, le=8)]
+    attention: Annotated[int, Field(ge=0, le=14)]
+    dropout: Annotated[Float, Field(ge=0, lt=1)]
+    training: Training
+
+
+class SampleVAE(Group):
+    prior: Literal["normal", "mixture"]
+    components: Annotated[int, Field(ge=1, le=1000)]
+
+
+class SampleDDPM(Group):
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "heun"]
+    steps: Annotated[int, Field(ge=1, le=10_000)]
+    eta: Annotated[Float, Field(ge=0, le=1)]
+    guidance_scale: Annotated[Float, Field(ge=0, le=100)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> SampleDDPM:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta ({self.eta}) belongs to the sampler ddim; with {self.sampler} it must be 0")
+        return self
+
+
+class Sample(Group):
+    """How many images are drawn from each model, and how."""
+
+    n: Annotated[int, Field(ge=1)]
+    vae: SampleVAE
+    ddpm: SampleDDPM
+
+
+class Evaluate(Group):
+    """The settings of the metrics; part of what makes two numbers comparable."""
+
+    is_splits: Annotated[int, Field(ge=1, le=100)]
+    kid_subsets: Annotated[int, Field(ge=1, le=10_000)]
+    kid_subset_size: Annotated[int, Field(ge=2, le=10_000)]
+    neighbours: Annotated[int, Field(ge=1, le=100)]
+
+
+class Params(Group):
+    """All of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    precision: Literal["auto", "float32"]
+    data: Data
+    reference: Reference
+    vae: VAE
+    ddpm: DDPM
+    sample: Sample
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _possible(self) -> Params:
+        if self.sample.ddpm.steps > self.ddpm.T:
+            raise ValueError(
+                f"sample.ddpm.steps ({self.sample.ddpm.steps}) must not exceed ddpm.T ({self.ddpm.T}): lower the one or raise the other"
+            )
+        if self.sample.ddpm.guidance_scale != 1 and not (self.ddpm.conditional and self.ddpm.label_drop > 0):
+            raise ValueError(
+                f"sample.ddpm.guidance_scale ({self.sample.ddpm.guidance_scale}) other than 1 needs a model trained with and without"
+                " labels: set ddpm.conditional to true and ddpm.label_drop above 0"
+            )
+        evaluate = self.evaluate
+        least = {"is_splits": evaluate.is_splits, "kid_subset_size": evaluate.kid_subset_size, "neighbours": evaluate.neighbours + 1}
+        for name, n in least.items():
+            if self.sample.n < n:
+                raise ValueError(f"sample.n ({self.sample.n}) must be at least {n} for evaluate.{name}: raise the one or lower the other")
+        return self
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check the parameters.
+
+    Raises UserError with one line for each thing wrong: the parameter, what is allowed, what was found, what to do.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run from the root of the checkout, where {path.name} lies") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of the groups {', '.join(Params.model_fields)}, got {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_message(detail, path.name) for detail in error.errors())) from None
+
+
+def flatten(params: BaseModel) -> dict[str, Any]:
+    """Every leaf by its dotted name, as `-S` takes it: {"ddpm.T": 500, ...}."""
+
+    def leaves(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return leaves(params.model_dump(), "")
+
+
+def _message(error: ErrorDetails, file: str) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    where = f" ({file})"
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(_model_at(error["loc"][:-1]).model_fields)
+        return f"{name} is not a parameter{where}; known here: {known}"
+    if error["type"] == "missing":
+        return f"{name} is missing{where}: {_allowed(error['loc'])}"
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return f"{name}: {text}{where}" if name else f"{text}{where}"
+    finite = "finite: " if error["type"] == "finite_number" else ""
+    return f"{name} must be {finite}{_allowed(error['loc'])}, got {error['input']!r}{where}"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Params
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return model
+
+
+def _allowed(loc: tuple[int | str, ...]) -> str:
+    """What the parameter at loc may be, in words, from its own annotation."""
+    groups = [str(part) for part in loc if isinstance(part, str)]
+    field = _model_at(tuple(groups[:-1])).model_fields[groups[-1]]
+    annotation, metadata = field.annotation, list(field.metadata)
+    if any(isinstance(part, int) for part in loc):  # an item of a list
+        annotation, *metadata = get_args(get_args(annotation)[0])
+        metadata = [item for part in metadata for item in getattr(part, "metadata", [part])]
+    return _words(annotation, metadata)
+
+
+def _words(annotation: Any, metadata: list[Any]) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return _words(inner, [item for part in more for item in getattr(part, "metadata", [part])] + metadata)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(choice, metadata) for choice in get_args(annotation))
+    bounds = [words for item in metadata for words in _bound(item)]
+    if origin is list:
+        item = _words(get_args(annotation)[0], [])
+        return f"{' '.join(['a list', ' and '.join(bounds)]).strip()}, each {item}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a group with {', '.join(annotation.model_fields)}"
+    kind = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[annotation]
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def _bound(item: Any) -> list[str]:
+    names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
+    lengths = {"min_length": "at least {} long", "max_length": "at most {} long"}
+    found = [f"{words} {getattr(item, key)}" for key, words in names.items() if getattr(item, key, None) is not None]
+    return found + [words.format(getattr(item, key)) for key, words in lengths.items() if getattr(item, key, None) is not None]

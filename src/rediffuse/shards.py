@@ -1,0 +1,37 @@
+"""Drawing many images so that image i is the same whatever else is drawn.
+
+Random numbers belong to fixed shards of 64 images, and a network always sees one whole shard: neither the number of images
+asked for nor how shards are spread over processes changes the bits of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rediffuse.training.hardware import seed_for
+
+SHARD = 64
+SAMPLING = 4  # the stream of random numbers, beside those of training
+
+
+def shard_generator(seed: int, shard: int) -> torch.Generator:
+    """The CPU generator of one shard."""
+    return torch.Generator().manual_seed(seed_for(seed, SAMPLING, shard))
+
+
+def draw(n: int, draw_shard: Callable[[Tensor, torch.Generator], Tensor], *, seed: int, title: str) -> Tensor:
+    """The first n images, uint8 (n, C, H, W) on the CPU.
+
+    draw_shard: takes the indices of the shard's images, int64 (64,), and its generator; returns uint8 (64, C, H, W).
+    """
+    shards = []
+    with tqdm(total=n, unit="img", desc=title, mininterval=1.0) as bar:
+        for shard in range(-(-n // SHARD)):
+            indices = torch.arange(shard * SHARD, (shard + 1) * SHARD)
+            shards.append(draw_shard(indices, shard_generator(seed, shard)).cpu())
+            bar.update(min(SHARD, n - shard * SHARD))
+    return torch.cat(shards)[:n]

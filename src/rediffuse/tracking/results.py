@@ -1,0 +1,70 @@
+"""How the files that stages write under metrics/ are called in a row.  The running stage and a cached one go through here,
+so that a number has the same name wherever it comes from.
+
+    metrics/ddpm.json                        {"cnn-v1": {"fd": 3.1}}    ->  metric ddpm/cnn-v1/fd
+    metrics/train_vae.json                   {"elbo": -240.1}           ->  metric train_vae/elbo
+    metrics/plots/train_ddpm/curves.csv      images,loss                ->  curve  ddpm/loss, step = images seen
+    metrics/plots/train_ddpm/images/noising.png                         ->  image  ddpm/noising
+    metrics/plots/sample_vae/walk/3000.png                              ->  image  vae/walk, step 3000
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rediffuse.figures.curves import read_curves
+
+
+def legal(name: str) -> str:
+    """A name as MLflow takes it for parameters, metrics, tags and images: other characters become _, 250 at most."""
+    return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The numbers in a JSON file of metrics, by the file's stem and the nested keys joined with "/".  Text and booleans are not
+    metrics."""
+
+    def leaves(node: Any, name: str) -> Iterator[tuple[str, float]]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(value, f"{name}/{key}")
+        elif isinstance(node, list):
+            for index, value in enumerate(node):
+                yield from leaves(value, f"{name}/{index}")
+        elif isinstance(node, int | float) and not isinstance(node, bool):
+            yield name, float(node)
+
+    return dict(leaves(json.loads(path.read_text()), path.stem))
+
+
+def read_curve_points(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(images seen, {curve: value}) for each row of a curves.csv."""
+    model = model_of(_below_plots(path)[0])
+    for row in read_curves(path):
+        images = int(row.pop("images"))
+        yield images, {f"{model}/{column}": value for column, value in row.items()}
+
+
+def image_name(path: Path) -> tuple[str, int]:
+    """(key, step) of a picture.  A picture whose name is a number is one step of a series named after its folder."""
+    stage, *inner = _below_plots(path)
+    parts = [model_of(stage), *(part for part in inner[:-1] if part != "images")]
+    if path.stem.isdecimal() and len(parts) > 1:
+        return "/".join(parts), int(path.stem)
+    return "/".join([*parts, path.stem]), 0
+
+
+def model_of(stage: str) -> str:
+    """The model in a stage's name: train_ddpm, sample_ddpm -> ddpm.  Pictures and curves of a model stand together in MLflow."""
+    return stage.partition("_")[2] or stage
+
+
+def _below_plots(path: Path) -> tuple[str, ...]:
+    parts = path.parts
+    if "plots" not in parts[:-2]:
+        raise ValueError(f"{path} must lie in a stage's folder below plots/, from which its name in the row is made")
+    return parts[len(parts) - parts[::-1].index("plots") :]

@@ -1,0 +1,95 @@
+"""Checkpoints that survive `kill -9`, and the files of a finished model.
+
+A checkpoint belongs to a fingerprint of everything its bytes depend on: parameters, data, code, kind of machine.  A run finds
+only its own; another configuration never warm-starts from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save
+from torch import nn
+
+from rediffuse.errors import UserError
+from rediffuse.files import replace_file, write_json
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fingerprint(configuration: dict[str, Any]) -> str:
+    """SHA-256 of the configuration (JSON values), the code that is loaded, and what of the machine and of torch the bits depend on."""
+    machine = [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+    if torch.cuda.is_available():
+        machine += [torch.cuda.get_device_name(), torch.version.cuda]
+    digest = hashlib.sha256(json.dumps([configuration, machine], sort_keys=True).encode())
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.partition(".")[0] in ("rediffuse", "stages", "__main__"):
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """One file, replaced atomically at each save."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state; a kill at any moment leaves the last one or this one."""
+        unfinished = self.path.with_suffix(".tmp")
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state, or None if there is none yet."""
+        if not self.path.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        return state
+
+
+@contextmanager
+def resumable(folder: Path, name: str, configuration: dict[str, Any]) -> Iterator[Checkpoint]:
+    """The checkpoint of this configuration, for the length of a block that trains and then writes the finished model.
+
+    It is deleted when the block succeeds and kept when it does not.  Two processes with one configuration take turns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{fingerprint(configuration)[:32]}.pt"
+    with FileLock(path.with_suffix(".lock")):
+        checkpoint = Checkpoint(path)
+        yield checkpoint
+        path.unlink(missing_ok=True)
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write weights (model.safetensors, contiguous, on the CPU) and the arguments that rebuild the model (config.json)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    replace_file(folder / "model.safetensors", save(state))
+    write_json(folder / "config.json", config)
+
+
+def load_model(kind: type[Model], folder: Path, device: torch.device) -> Model:
+    """The model that save_model wrote, in evaluation mode."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = kind(**config)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or folder} is missing: `dvc repro` trains the model, `dvc pull` fetches a trained one") from None
+    return model.to(device).to(memory_format=torch.channels_last).eval()

@@ -1,0 +1,42 @@
+"""Where the arithmetic runs, and in which precision; chosen at run time."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import numpy as np
+import torch
+
+Precision = Literal["auto", "float32"]
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def computes_bfloat16(on: torch.device) -> bool:
+    """Whether the hardware itself computes in bfloat16: AVX512-BF16 or AMX on a CPU, Ampere and later on CUDA.
+
+    Elsewhere PyTorch emulates it, more slowly than float32.
+    """
+    if on.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(on: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """The context in which networks are evaluated: bfloat16 where `auto` finds it in hardware, else plain float32."""
+    return torch.autocast(on.type, dtype=torch.bfloat16, enabled=precision == "auto" and computes_bfloat16(on))
+
+
+def make_deterministic() -> None:
+    """Same inputs, same bytes, on the same machine class; an operation that cannot promise it raises."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def seed_for(*parts: int) -> int:
+    """One 63-bit seed from several small integers, such as (seed, purpose, shard); different parts give independent streams."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,186 @@
+"""The training loop of both models.
+
+Everything random in a step is a function of (seed, step), and the order of the images of (seed, epoch), so that a resumed run
+needs no saved generator to go on with the very same numbers.  Durations are counted in images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rediffuse.errors import UserError
+from rediffuse.params import Training
+from rediffuse.training.average import Average
+from rediffuse.training.checkpoint import Checkpoint
+from rediffuse.training.hardware import Precision, autocast, seed_for
+
+ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
+
+Row = dict[str, float]
+Model = TypeVar("Model", bound=nn.Module)
+Accepted = TypeVar("Accepted", bound=nn.Module, contravariant=True)
+
+
+class Step(Protocol[Accepted]):
+    """The loss of one batch, and what else to log of it.
+
+    images: uint8 (B, C, H, W); labels: int64 (B,) or None; generator: on the CPU, seeded for this step; seen: images before it.
+    Returns the scalar to minimise, and {name: (sum, count)}, each a tensor (2,); their means over log intervals are logged.
+    """
+
+    def __call__(
+        self, model: Accepted, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int, /
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass
+class Curves:
+    """What training measured: rows of `images` seen and one value a column."""
+
+    training: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+
+
+class Trainer(Generic[Model]):
+    """One run: the model, its average, the optimizer, and how far it has come.
+
+    images: uint8 (N, C, H, W) and labels int64 (N,), on the device to train on.  name: the parameters' group, for messages.
+    validate: measures the averaged model.  log: takes the images seen and what was measured.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        step: Step[Model],
+        images: Tensor,
+        labels: Tensor | None,
+        config: Training,
+        *,
+        name: str,
+        seed: int,
+        precision: Precision,
+        validate: Callable[[Model], Row],
+        log: Callable[[int, Row], None],
+    ) -> None:
+        self.model = model.to(images.device).to(memory_format=torch.channels_last).train()
+        self.step, self.images, self.labels, self.config = step, images, labels, config
+        self.name, self.seed, self.precision = name, seed, precision
+        self.validate, self.log = validate, log
+        self.steps = config.images // config.batch
+        self.average = Average(self.model, config.ema_half_life)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.order = _Order(len(images), seed)
+        self.done = 0
+        self.curves, self.sums = Curves(), dict[str, Tensor]()
+
+    def train(self, checkpoint: Checkpoint) -> tuple[Model, Curves]:
+        """Train from the beginning or from the checkpoint; return the averaged model, in evaluation mode, and the curves.
+
+        Raises UserError if the loss stops being finite.
+        """
+        self._resume(checkpoint)
+        batch = self.config.batch
+        with tqdm(total=self.steps * batch, initial=self.done * batch, unit="img", desc=f"train {self.name}", mininterval=1.0) as bar:
+            while self.done < self.steps:
+                self._step()
+                bar.update(batch)
+                if self._due(self.config.log_every):
+                    bar.set_postfix({key: f"{value:.4g}" for key, value in list(self._log().items())[:1]}, refresh=False)
+                if self._due(self.config.validate_every):
+                    self._validate()
+                if self._due(self.config.checkpoint_every):
+                    self._save(checkpoint)
+        return self.average.model.eval(), self.curves
+
+    def _step(self) -> None:
+        seen, config = self.done * self.config.batch, self.config
+        batch = self.order.batch(seen, config.batch).to(self.images.device)
+        labels = None if self.labels is None else self.labels[batch]
+        generator = torch.Generator().manual_seed(seed_for(self.seed, NOISE, self.done))
+        torch.manual_seed(seed_for(self.seed, DROPOUT, self.done))  # dropout draws from the global generator
+        with autocast(self.images.device, self.precision):
+            loss, measures = self.step(self.model, self.images[batch], labels, generator, seen)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.rate.step()
+        self.average.update(self.model, seen=seen + config.batch, batch=config.batch)
+        self.done += 1
+        for key, measure in measures.items():  # added up on the device: reading a value would wait for it
+            self.sums[key] = self.sums[key] + measure if key in self.sums else measure
+
+    def _rate(self, done: int) -> float:
+        """The learning rate's share of its peak: a linear rise, then a cosine down to 0."""
+        warmup = self.config.lr_warmup / self.config.batch
+        rise = min(1.0, (done + 1) / warmup) if warmup else 1.0
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done / self.steps)))
+
+    def _due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` images, or was the last of all."""
+        batch = self.config.batch
+        return self.done == self.steps or self.done * batch // every > (self.done - 1) * batch // every
+
+    def _log(self) -> Row:
+        seen = self.done * self.config.batch
+        means = {key: (total / count) for key, (total, count) in ((k, s.tolist()) for k, s in self.sums.items()) if count}
+        if not all(map(math.isfinite, means.values())):
+            raise UserError(
+                f"{self.name}: the loss is not finite after {seen} images ({means}): lower {self.name}.training.lr ({self.config.lr})"
+                f" or {self.name}.training.clip_norm ({self.config.clip_norm}), or set precision to float32"
+            )
+        self.curves.training.append({"images": seen, **means})
+        self.sums = {}
+        self.log(seen, means)
+        return means
+
+    def _validate(self) -> None:
+        seen = self.done * self.config.batch
+        measures = self.validate(self.average.model.eval())
+        self.curves.validation.append({"images": seen, **measures})
+        self.log(seen, measures)
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        state = {key: part.state_dict() for key, part in self._parts().items()}
+        progress = {"done": self.done, "training": self.curves.training, "validation": self.curves.validation, "sums": self.sums}
+        checkpoint.save(state | progress)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        if (state := checkpoint.load()) is None:
+            return
+        for key, part in self._parts().items():
+            part.load_state_dict(state[key])
+        self.done, self.sums = state["done"], {key: measure.to(self.images.device) for key, measure in state["sums"].items()}
+        self.curves = Curves(state["training"], state["validation"])
+
+    def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
+        return {"model": self.model, "average": self.average.averaged, "optimizer": self.optimizer, "rate": self.rate}
+
+
+class _Order:
+    """The stream of image indices: one seeded permutation after the other."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def batch(self, seen: int, size: int) -> Tensor:
+        """The `size` indices that follow the first `seen`; a batch may reach into the next epoch."""
+        parts = []
+        while size:
+            epoch, begin = divmod(seen, self.count)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(seed_for(self.seed, ORDER, epoch))
+                self.epoch, self.permutation = epoch, torch.randperm(self.count, generator=generator)
+            part = self.permutation[begin : begin + size]
+            parts.append(part)
+            seen, size = seen + len(part), size - len(part)
+        return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""The variational autoencoder: model, objective, prior.  Knows nothing of DVC, MLflow or files."""

@@ -1,0 +1,75 @@
+"""The VAE as a task for the trainer: model, training step and measures, made from the parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rediffuse.data.pixels import to_unit
+from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for a constant)
+from rediffuse.vae.model import VAE
+from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
+from rediffuse.vae.prior import CHUNK, posterior_means
+
+IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # of the importance-weighted bound: K, and the images it is taken on
+
+
+def vae_config(params: VAEParams, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The arguments of the VAE for images (C, H, W)."""
+    return {"shape": list(shape)} | params.model_dump(include={"latent_dim", "channels", "hidden", "likelihood"})
+
+
+class VAEStep:
+    """The loss of one batch: reconstruction + weighted KL, in nats per image; logs both terms and the ELBO with weight 1."""
+
+    def __init__(self, params: VAEParams) -> None:
+        self.params = params
+
+    def __call__(
+        self, model: VAE, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        eps = torch.randn(len(images), model.latent_dim, generator=generator).to(images.device)
+        terms = elbo(model, to_unit(images), eps)
+        weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
+        loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits)
+        measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
+        count = loss.new_full((), len(images))
+        return loss, {name: torch.stack([value.detach().sum(), count]) for name, value in measures.items()}
+
+
+@torch.no_grad()
+def measure(vae: VAE, images: Tensor, *, seed: int) -> dict[str, float]:
+    """Negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the same noise at each call.
+
+    images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for x in torch.split(images, CHUNK):
+        eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
+        terms.append(elbo(vae, to_unit(x), eps))
+    reconstruction = torch.cat([t.reconstruction for t in terms]).double().mean().item()
+    kl = torch.cat([t.kl for t in terms]).double().sum(1).mean().item()
+    return {"elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+
+
+@torch.no_grad()
+def final_measures(vae: VAE, train: Tensor, test: Tensor, *, seed: int) -> dict[str, Any]:
+    """What metrics/train_vae.json holds.  train, test: uint8 images, of which train is measured on as many as there are in test."""
+    generator = torch.Generator().manual_seed(seed)
+    subset = to_unit(test[:IWAE_IMAGES])
+    bounds = [importance_weighted_bound(vae, x, k=IWAE_SAMPLES, generator=generator) for x in torch.split(subset, CHUNK)]
+    on_test = measure(vae, test, seed=seed)
+    report: dict[str, Any] = {
+        "test": on_test | {"bits_per_dim": bits_per_dim(vae, on_test["elbo"])},
+        "train": measure(vae, train[: len(test)], seed=seed),
+        f"iwae_{IWAE_SAMPLES}": torch.cat(bounds).double().mean().item(),
+        "active_units": active_units(posterior_means(vae, test)),
+    }
+    if vae.likelihood == "gaussian":
+        report["sigma"] = vae.sigma().item()
+    assert all(math.isfinite(value) for value in report["test"].values())
+    return report

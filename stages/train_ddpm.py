@@ -1,0 +1,82 @@
+"""Train the denoiser of the DDPM on the prepared images.  Run by `dvc repro`; see dvc.yaml."""
+
+from pathlib import Path
+
+import torch
+
+from rediffuse.data.images import load_images
+from rediffuse.data.pixels import from_signed, to_signed
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.samplers import time_grid
+from rediffuse.diffusion.schedule import Schedule
+from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
+from rediffuse.figures.curves import write_curves
+from rediffuse.figures.grid import annotate, save_png, strip
+from rediffuse.files import write_json
+from rediffuse.params import load_params
+from rediffuse.tracking.row import stage_run
+from rediffuse.training.checkpoint import resumable, save_model
+from rediffuse.training.hardware import autocast, device, make_deterministic, seed_for
+from rediffuse.training.loop import Trainer
+from stages import checkpoint_configuration, checkpoint_folder, run_stage
+
+PLOTS = Path("metrics/plots/train_ddpm")
+ROWS, COLUMNS = 3, 11  # of the noising strip
+
+
+def main() -> None:
+    params = load_params()
+    make_deterministic()
+    train, validation = load_images("data/prepared", "train"), load_images("data/prepared", "validation")
+    config = denoiser_config(params.ddpm, train.shape, train.classes)
+    on = device()
+    images, labels = torch.tensor(train.images, device=on), torch.tensor(train.labels, device=on)
+    held_out, held_out_labels = torch.tensor(validation.images, device=on), torch.tensor(validation.labels, device=on)
+
+    def validated(denoiser: Denoiser) -> dict[str, float]:
+        with autocast(on, params.precision):
+            return {f"validation_{k}": v for k, v in validate(denoiser, held_out, held_out_labels, seed=params.seed).items()}
+
+    torch.manual_seed(params.seed)
+    with (
+        stage_run("train_ddpm", params) as run,
+        resumable(checkpoint_folder(), "ddpm", checkpoint_configuration(params, "ddpm")) as checkpoint,
+    ):
+        trainer = Trainer(
+            Denoiser(**config),
+            DenoisingStep(params.ddpm),
+            images,
+            labels,
+            params.ddpm.training,
+            name="ddpm",
+            seed=params.seed,
+            precision=params.precision,
+            validate=validated,
+            log=lambda seen, values: run.log_curve(seen, {f"ddpm/{name}": value for name, value in values.items()}),
+        )
+        denoiser, curves = trainer.train(checkpoint)
+        save_model(denoiser, config, Path("data/models/ddpm"))
+        last = {name.removeprefix("validation_"): value for name, value in curves.validation[-1].items() if name != "images"}
+        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+        write_json(Path("metrics/train_ddpm.json"), {"validation": last, "parameters": parameters})
+        write_curves(PLOTS / "training.csv", curves.training)
+        write_curves(PLOTS / "validation.csv", curves.validation)
+        draw_noising(denoiser.schedule, held_out[:ROWS].cpu(), seed=params.seed)
+        run.log_metrics_file(Path("metrics/train_ddpm.json"))
+        run.log_curves_file(PLOTS / "training.csv")
+        run.log_curves_file(PLOTS / "validation.csv")
+        run.log_images_folder(PLOTS / "images")
+
+
+def draw_noising(schedule: Schedule, images: torch.Tensor, *, seed: int) -> None:
+    """The forward process: images at evenly spaced t from 0 to T, the same noise in each column."""
+    generator = torch.Generator().manual_seed(seed_for(seed))
+    eps = torch.randn(images.shape, generator=generator)
+    times = time_grid(schedule.T, min(COLUMNS - 1, schedule.T))[::-1]
+    columns = [from_signed(schedule.q_sample(to_signed(images), t, eps)) for t in times]
+    picture = annotate(strip(torch.stack(columns, 1).numpy()), columns=[f"t={t}" for t in times])
+    save_png(picture, PLOTS / "images/noising.png")
+
+
+if __name__ == "__main__":
+    run_stage(main)

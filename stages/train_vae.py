@@ -1,0 +1,79 @@
+"""Train the VAE on the prepared images.  Run by `dvc repro`; see dvc.yaml."""
+
+from pathlib import Path
+
+import torch
+
+from rediffuse.data.images import load_images
+from rediffuse.data.pixels import from_unit, to_unit
+from rediffuse.figures.curves import write_curves
+from rediffuse.figures.grid import annotate, grid, reconstructions, save_png
+from rediffuse.figures.latent import latent_map
+from rediffuse.files import write_json
+from rediffuse.params import load_params
+from rediffuse.tracking.row import stage_run
+from rediffuse.training.checkpoint import resumable, save_model
+from rediffuse.training.hardware import device, make_deterministic
+from rediffuse.training.loop import Trainer
+from rediffuse.vae.model import VAE
+from rediffuse.vae.prior import posterior_means
+from rediffuse.vae.task import VAEStep, final_measures, measure, vae_config
+from stages import checkpoint_configuration, checkpoint_folder, run_stage
+
+PLOTS = Path("metrics/plots/train_vae")
+ROWS, COLUMNS = 3, 10  # of the pictures
+
+
+def main() -> None:
+    params = load_params()
+    make_deterministic()
+    train, validation, test = (load_images("data/prepared", split) for split in ("train", "validation", "test"))
+    images, held_out, unseen = (torch.tensor(split.images, device=device()) for split in (train, validation, test))
+    config = vae_config(params.vae, train.shape)
+    torch.manual_seed(params.seed)
+    with (
+        stage_run("train_vae", params) as run,
+        resumable(checkpoint_folder(), "vae", checkpoint_configuration(params, "vae")) as checkpoint,
+    ):
+        trainer = Trainer(
+            VAE(**config),
+            VAEStep(params.vae),
+            images,
+            None,
+            params.vae.training,
+            name="vae",
+            seed=params.seed,
+            precision=params.precision,
+            validate=lambda vae: {f"validation_{name}": value for name, value in measure(vae, held_out, seed=params.seed).items()},
+            log=lambda seen, values: run.log_curve(seen, {f"vae/{name}": value for name, value in values.items()}),
+        )
+        vae, curves = trainer.train(checkpoint)
+        save_model(vae, config, Path("data/models/vae"))
+        write_json(Path("metrics/train_vae.json"), final_measures(vae, images, unseen, seed=params.seed))
+        write_curves(PLOTS / "training.csv", curves.training)
+        write_curves(PLOTS / "validation.csv", curves.validation)
+        draw(vae, unseen)
+        means = posterior_means(vae, unseen).numpy()
+        save_png(latent_map(means, test.labels, test.classes), PLOTS / "images/latent.png")
+        run.log_metrics_file(Path("metrics/train_vae.json"))
+        run.log_curves_file(PLOTS / "training.csv")
+        run.log_curves_file(PLOTS / "validation.csv")
+        run.log_images_folder(PLOTS / "images")
+
+
+@torch.no_grad()
+def draw(vae: VAE, images: torch.Tensor) -> None:
+    """Reconstructions of the first images, and walks through the latent space between pairs of them."""
+    first = images[: ROWS * COLUMNS]
+    z = vae.encode(to_unit(first))[0]
+    decoded = from_unit(vae.decode(z))
+    picture = reconstructions(first.cpu().numpy(), decoded.cpu().numpy(), COLUMNS)
+    save_png(annotate(picture, rows=["image", "VAE"] * ROWS), PLOTS / "images/reconstructions.png")
+    a, b = z[:COLUMNS, None], z[COLUMNS : 2 * COLUMNS, None]  # (COLUMNS, 1, latent_dim)
+    share = torch.linspace(0, 1, COLUMNS, device=z.device)[None, :, None]
+    walk = from_unit(vae.decode(torch.lerp(a, b, share).flatten(0, 1)))
+    save_png(grid(walk.cpu().numpy(), COLUMNS, scale=2), PLOTS / "images/interpolation.png")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,24 @@
+"""Shared by the tests: the real Fashion-MNIST, found or fetched once and kept in data/raw of the checkout."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from rediffuse.data.fashion_mnist import load_fashion_mnist
+from rediffuse.data.images import ImageSet
+from rediffuse.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> dict[str, ImageSet]:
+    """`train` and `test` as published.  Tests that need it are skipped on a machine that cannot get it."""
+    try:
+        with contextlib.chdir(ROOT):
+            return load_fashion_mnist()
+    except UserError as error:
+        pytest.skip(str(error))

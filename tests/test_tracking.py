@@ -1,0 +1,555 @@
+"""The row in MLflow: one per experiment, complete, never doubled, and never in the way of a stage."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rediffuse.figures.curves import write_curves
+from rediffuse.params import Params, flatten, load_params
+from rediffuse.tracking.cached import up_to_date_results
+from rediffuse.tracking.identity import identify
+from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
+from rediffuse.tracking.row import Run, stage_run
+from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri
+
+PROJECT = Path(__file__).resolve().parents[1]
+FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them: making one takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """A repository with one commit and an empty store, as working directory; its name needs escaping in an URI."""
+    root = tmp_path / "my repository"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".mlflow").mkdir()
+    shutil.copy(empty_store, root / ".mlflow" / "mlflow.db")
+    shutil.copy(PROJECT / "params.yaml", root)
+    (root / ".gitignore").write_text("/.mlflow/\n/.dvc/tmp/\n__pycache__/\n")
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "start")
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def params() -> Params:
+    return load_params(PROJECT / "params.yaml")
+
+
+def git(root: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    return subprocess.run(["git", *who, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def client(root: Path) -> Any:
+    return connect(f"sqlite:///{root}/.mlflow/mlflow.db")
+
+
+def rows(root: Path) -> list[Any]:
+    found = client(root).get_experiment_by_name("rediffuse")
+    return list(client(root).search_runs([found.experiment_id])) if found else []
+
+
+def only_row(root: Path) -> Any:
+    (row,) = rows(root)
+    return row
+
+
+def history(root: Path, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client(root).get_metric_history(only_row(root).info.run_id, name)]
+
+
+def images(root: Path) -> list[str]:
+    return [Path(item.path).name for item in client(root).list_artifacts(only_row(root).info.run_id, "images")]
+
+
+def start_python(root: Path, code: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def stop_stage(stage: str, params: Params, error: BaseException, log: Callable[[Run], object]) -> None:
+    """A stage that logs and then ends with the error."""
+    with stage_run(stage, params) as run:
+        log(run)
+        raise error
+
+
+# One row per experiment
+
+
+def test_stages_of_one_experiment_share_one_row(repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "it's-ours")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", git(repository, "rev-parse", "HEAD"))
+    with stage_run("train_ddpm", params) as run:
+        run.log_metrics({"train_ddpm/loss": 0.5})
+        assert only_row(repository).info.status == "RUNNING"
+        assert only_row(repository).data.tags["stage.train_ddpm.status"] == "running"
+    with stage_run("sample@ddpm", params):
+        pass
+    row = only_row(repository)
+    assert row.info.run_name == "it's-ours"
+    assert row.info.status == "FINISHED"
+    assert row.data.tags["stage.train_ddpm.status"] == row.data.tags["stage.sample_ddpm.status"] == "finished"
+    assert row.data.tags["mlflow.source.git.commit"] == row.data.tags["dvc.baseline"] == git(repository, "rev-parse", "HEAD")
+    assert row.data.tags["dvc.exp_name"] == "it's-ours"
+    assert row.data.metrics.keys() == {"train_ddpm/loss", "seconds/train_ddpm", "seconds/sample_ddpm"}
+    assert row.data.params == {name: str(value) for name, value in flatten(params).items()}
+
+
+def test_plain_repro_has_a_row_per_commit_and_parameters(repository: Path, params: Params) -> None:
+    first = identify(flatten(params))
+    assert first.name == f"repro-{git(repository, 'rev-parse', '--short=7', 'HEAD')}-{first.tags['rediffuse.params'][:8]}"
+    assert identify(flatten(params)) == first
+    other = identify({**flatten(params), "ddpm.T": 1000})
+    git(repository, "commit", "-q", "--allow-empty", "-m", "next")
+    later = identify(flatten(params))
+    assert len({first.key, other.key, later.key}) == len({first.name, other.name, later.name}) == 3
+
+
+def test_same_experiment_name_on_another_baseline_or_with_other_parameters_is_another_row(
+    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "again")
+    keys = set()
+    for baseline, value in (("a" * 40, 500), ("b" * 40, 500), ("a" * 40, 1000)):
+        monkeypatch.setenv("DVC_EXP_BASELINE_REV", baseline)
+        keys.add(identify({**flatten(params), "ddpm.T": value}).key)
+    assert len(keys) == 3
+
+
+def test_dirty_means_code_that_differs_from_the_commit(repository: Path, params: Params) -> None:
+    (repository / "metrics").mkdir()
+    (repository / "metrics" / "ddpm.json").write_text("{}")
+    (repository / "dvc.lock").write_text("")
+    (repository / "params.yaml").write_text("seed: 2")
+    assert identify(flatten(params)).tags["git.dirty"] == "false"
+    (repository / "model.py").write_text("")
+    assert identify(flatten(params)).tags["git.dirty"] == "true"
+
+
+def test_repository_without_a_commit_still_has_a_name(repository: Path, params: Params) -> None:
+    shutil.rmtree(repository / ".git")
+    assert identify(flatten(params)).name.startswith("repro-nocommit-")
+
+
+def test_two_processes_at_once_make_one_row_each_time_and_one_store(repository: Path) -> None:
+    (repository / ".mlflow" / "mlflow.db").unlink()
+    code = (
+        "import os, time, pathlib, mlflow.store.tracking.sqlalchemy_store\n"
+        "from rediffuse.params import load_params; from rediffuse.tracking.row import stage_run\n"
+        "params = load_params(); os.environ['DVC_EXP_BASELINE_REV'] = 'a' * 40\n"
+        "for i in range(4):\n"
+        "    print('ready', flush=True)\n"
+        "    while not pathlib.Path(f'.dvc/go{i}').exists(): time.sleep(0.002)\n"
+        "    os.environ['DVC_EXP_NAME'] = f'e{i}'\n"
+        "    with stage_run('prepare', params): pass\n"
+    )
+    both = [start_python(repository, code) for _ in range(2)]
+    for attempt in range(4):
+        for process in both:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        (repository / ".dvc" / f"go{attempt}").touch()
+    for process in both:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and "tracking is off" not in said
+    assert sorted(row.info.run_name for row in rows(repository)) == ["e0", "e1", "e2", "e3"]
+    assert {row.info.status for row in rows(repository)} == {"FINISHED"}
+
+
+def test_store_is_of_the_parent_repository_in_a_temporary_workspace(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = repository / ".dvc" / "tmp" / "exps" / "tmp1"
+    (workspace / ".dvc").mkdir(parents=True)
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("DVC_ROOT", str(repository))
+    assert repository_root() == repository
+    uri = tracking_uri(repository_root())
+    assert uri == f"sqlite:///{repository}/.mlflow/mlflow.db"
+    store = connect(uri)
+    location = store.get_experiment(experiment_id(store, uri, repository)).artifact_location
+    assert location == (repository / ".mlflow" / "artifacts").as_uri()
+
+
+@pytest.mark.parametrize("chosen", ["http://127.0.0.1:5000", "postgresql://user@host/rows", "sqlite:////somewhere/rows.db"])
+def test_tracking_uri_of_the_user_wins(repository: Path, monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen)
+    assert tracking_uri(repository) == chosen
+
+
+@pytest.mark.parametrize("chosen", ["sqlite:///mlflow.db", "mlruns", "./mlruns"])
+def test_relative_tracking_uri_is_refused_aloud(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chosen: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen)
+    assert tracking_uri(repository) == f"sqlite:///{repository}/.mlflow/mlflow.db"
+    assert chosen in capsys.readouterr().err
+
+
+def test_nothing_is_left_in_the_working_directory(repository: Path, params: Params) -> None:
+    with stage_run("prepare", params) as run:
+        run.log_file(Path("params.yaml"), "more")
+    assert git(repository, "status", "--porcelain") == ""
+    assert {path.name for path in repository.iterdir()} == {".dvc", ".git", ".gitignore", ".mlflow", "params.yaml"}
+    logged = client(repository).list_artifacts(only_row(repository).info.run_id, "recipe")
+    assert [item.path for item in logged] == ["recipe/params.yaml"]
+
+
+# What is logged, and that logging it again changes nothing
+
+
+def test_replayed_points_are_not_doubled(repository: Path, params: Params) -> None:
+    points = [(images, 1 / (3 + images)) for images in range(0, 5000, 100)]
+    with pytest.raises(KeyboardInterrupt):
+        stop_stage(
+            "train_ddpm", params, KeyboardInterrupt(), lambda run: [run.log_curve(seen, {"ddpm/loss": loss}) for seen, loss in points[:30]]
+        )
+    assert only_row(repository).info.status == "FAILED"
+    curves = Path("metrics/plots/train_ddpm/curves.csv")
+    with stage_run("train_ddpm", params) as run:
+        for seen, loss in points[20:]:  # from the last checkpoint on
+            run.log_curve(seen, {"ddpm/loss": loss})
+        write_curves(curves, [{"images": seen, "loss": loss} for seen, loss in points])
+        run.log_curves_file(curves)
+    assert sorted(history(repository, "ddpm/loss")) == points
+    assert only_row(repository).data.metrics["ddpm/loss"] == points[-1][1]
+
+
+def test_more_points_than_a_batch_are_all_logged_in_time_order(repository: Path, params: Params) -> None:
+    with stage_run("train_vae", params) as run:
+        for seen in range(1201):
+            run.log_curve(seen, {"vae/loss": float(-seen), "vae/kl": 1.0})
+    points = client(repository).get_metric_history(only_row(repository).info.run_id, "vae/loss")
+    assert [point.step for point in sorted(points, key=lambda point: point.timestamp)] == list(range(1201))
+
+
+def test_repeated_stage_keeps_equal_numbers_and_replaces_others(repository: Path, params: Params) -> None:
+    for values in ({"ddpm/fd": 9.0, "ddpm/is": 2.0}, {"ddpm/fd": 3.0, "ddpm/is": 2.0}):
+        with stage_run("evaluate@ddpm", params) as run:
+            run.log_metrics(values)
+    assert only_row(repository).data.metrics["ddpm/fd"] == 3.0
+    assert history(repository, "ddpm/is") == [(0, 2.0)]
+
+
+def test_metrics_file_gives_numbers_by_nested_name(tmp_path: Path) -> None:
+    path = tmp_path / "ddpm.json"
+    path.write_text(
+        json.dumps({"n": 10, "exact": True, "instrument": "cnn", "cnn-v1": {"fd": 1.5, "kid": {"mean": -0.25}}, "seeds": [4, 5]})
+    )
+    assert read_metrics(path) == {
+        "ddpm/n": 10.0,
+        "ddpm/cnn-v1/fd": 1.5,
+        "ddpm/cnn-v1/kid/mean": -0.25,
+        "ddpm/seeds/0": 4.0,
+        "ddpm/seeds/1": 5.0,
+    }
+
+
+def test_curves_read_back_as_they_were_logged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics" / "plots" / "train_vae" / "curves.csv"
+    write_curves(path, [{"images": 64, "loss": 0.1}, {"images": 128, "loss": 1 / 3, "validation": 2e-17}])
+    assert list(read_curve_points(path)) == [(64, {"vae/loss": 0.1}), (128, {"vae/loss": 1 / 3, "vae/validation": 2e-17})]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("metrics/plots/train_ddpm/images/noising.png", ("ddpm/noising", 0)),
+        ("/home/plots/me/metrics/plots/sample_vae/samples.png", ("vae/samples", 0)),
+        ("metrics/plots/reference/real.png", ("reference/real", 0)),
+        ("metrics/plots/sample_vae/walk/3000.png", ("vae/walk", 3000)),
+        ("metrics/plots/train_ddpm/7.png", ("ddpm/7", 0)),
+    ],
+)
+def test_pictures_are_named_after_model_and_file(path: str, name: tuple[str, int]) -> None:
+    assert image_name(Path(path)) == name
+
+
+def test_picture_elsewhere_has_no_name() -> None:
+    with pytest.raises(ValueError, match="below plots/"):
+        image_name(Path("plots/samples.png"))
+
+
+def test_names_and_values_are_made_to_fit_mlflow(repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert legal("sample@ddpm/fd+ü (%)") == "sample_ddpm/fd__ ___"
+    odd = {"data.set": "x" * 7000, "data.f*lter": [1, 2]}
+    monkeypatch.setattr("rediffuse.tracking.row.flatten", lambda _: odd)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="é"):
+            stop_stage("sample@ddpm", params, ValueError("é" * 9000), lambda run: run.log_metrics({"a@b%c": 1.0, "n" * 300: 2.0}))
+    row = only_row(repository)
+    assert row.data.params == {"data.set": "x" * 5997 + "...", "data.f_lter": "[1, 2]"}
+    assert row.data.metrics == {"a_b_c": 1.0, "n" * 250: 2.0}
+    assert row.data.tags["stage.sample_ddpm.error"] == "ValueError: " + "é" * (8000 - 15) + "..."
+
+
+def test_pictures_stand_in_the_image_grid_once(repository: Path, params: Params) -> None:
+    folder = Path("metrics/plots/sample_ddpm")
+    folder.mkdir(parents=True)
+    picture = np.random.default_rng(0).integers(0, 256, (30, 600), dtype=np.uint8)
+    for shade in (picture, 255 - picture):
+        Image.fromarray(shade).save(folder / "samples.png")
+        with stage_run("sample@ddpm", params) as run:
+            run.log_images_folder(folder)
+            run.log_image("ddpm/steps", folder / "samples.png", step=40)
+    names = images(repository)
+    assert len(names) == 4
+    # As MLflow's UI takes the names apart: key+step+N+timestamp+N+id, a PNG and a WebP marked "compressed" for each.
+    parsed = [(name.rpartition(".")[0].split("+"), name.rpartition(".")[2]) for name in names]
+    assert all(parts[1] == "step" and parts[3] == "timestamp" and int(parts[4]) > 0 for parts, _ in parsed)
+    shown = {(parts[0].replace("~", "/"), int(parts[2]), parts[-1] == "compressed", kind) for parts, kind in parsed}
+    kinds = [(False, "png"), (True, "webp")]
+    assert shown == {(key, step, *kind) for key, step in (("ddpm/samples", 0), ("ddpm/steps", 40)) for kind in kinds}
+    assert only_row(repository).data.tags["mlflow.loggedImages"] == "True"
+    for name in names:
+        path = client(repository).download_artifacts(only_row(repository).info.run_id, f"images/{name}", str(repository / ".dvc"))
+        with Image.open(path) as logged:
+            np.testing.assert_array_equal(np.asarray(logged.convert("L")), 255 - picture)
+
+
+# Never in the way
+
+
+def test_failed_stage_is_failed_in_the_row_and_recovers(repository: Path, params: Params) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"):
+        stop_stage("train_vae", params, RuntimeError("out of luck"), lambda run: run.log_curve(1, {"vae/loss": 2.0}))
+    row = only_row(repository)
+    assert row.info.status == "FAILED"
+    assert row.data.tags["stage.train_vae.status"] == "failed"
+    assert row.data.tags["stage.train_vae.error"] == "RuntimeError: out of luck"
+    assert row.data.metrics == {"vae/loss": 2.0}
+    with pytest.raises(SystemExit), stage_run("train_vae", params):
+        sys.exit(0)
+    row = only_row(repository)
+    assert row.info.status == "FINISHED"
+    assert row.data.tags["stage.train_vae.status"] == "finished"
+    assert row.data.tags["stage.train_vae.error"] == ""
+
+
+def test_terminated_stage_is_failed_in_the_row(repository: Path) -> None:
+    code = (
+        "import time\nfrom rediffuse.params import load_params; from rediffuse.tracking.row import stage_run\n"
+        "with stage_run('train_ddpm', load_params()) as run:\n"
+        "    run.log_curve(5, {'ddpm/loss': 1.0}); print('training', flush=True); time.sleep(60)\n"
+    )
+    process = start_python(repository, code)
+    assert process.stdout is not None and process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    row = only_row(repository)
+    assert (row.info.status, row.data.tags["stage.train_ddpm.status"]) == ("FAILED", "failed")
+    assert row.data.metrics == {"ddpm/loss": 1.0}
+
+
+@pytest.fixture
+def deaf_server() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def run_everything(params: Params) -> bool:
+    """A stage that calls each method; whether its body came to the end."""
+    Image.new("L", (4, 4)).save(".dvc/x.png")
+    with stage_run("evaluate@ddpm", params, complete=True) as run:
+        for step in range(3):
+            run.log_curve(step, {"ddpm/loss": 1.0})
+        run.log_metrics({"ddpm/fd": 1.0})
+        run.log_image("ddpm/x", Path(".dvc/x.png"))
+        run.log_file(Path("params.yaml"), "more")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("broken", ["server down", "server deaf", "store cannot be made", "not a database", "not a repository"])
+def test_stage_goes_on_without_a_store(
+    repository: Path,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    deaf_server: str,
+    broken: str,
+) -> None:
+    if broken == "server down":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            closed = server.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed}")
+    elif broken == "server deaf":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", deaf_server)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    elif broken == "store cannot be made":
+        shutil.rmtree(".mlflow")
+        Path(".mlflow").touch()
+    elif broken == "not a database":
+        Path(".mlflow/mlflow.db").write_bytes(b"something else" * 100)
+    else:
+        monkeypatch.setattr("rediffuse.tracking.row.repository_root", lambda: Path("/proc/nowhere"))
+    began = time.monotonic()
+    assert run_everything(params)
+    assert time.monotonic() - began < 10
+    said = capsys.readouterr().err
+    assert said.count("tracking is off for the rest of stage evaluate@ddpm") == 1
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_store_that_breaks_down_while_a_stage_runs(repository: Path, params: Params, capsys: pytest.CaptureFixture[str]) -> None:
+    with stage_run("train_ddpm", params) as run:
+        run.log_metrics({"a": 1.0})
+        with sqlite3.connect(".mlflow/mlflow.db") as database:
+            for table in ("metrics", "tags"):
+                database.execute(f"CREATE TRIGGER full_{table} BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+        run.log_metrics({"b": 2.0})
+        run.log_metrics({"c": 3.0})
+    said = capsys.readouterr().err
+    assert said.count("tracking is off") == 1 and "disk full" in said
+    assert only_row(repository).data.metrics == {"a": 1.0}
+
+
+@pytest.mark.parametrize("switch", [{"REDIFFUSE_TRACKING": "off"}, {"RANK": "1"}])
+def test_switched_off_or_in_a_second_process_of_training_nothing_is_imported_or_written(repository: Path, switch: dict[str, str]) -> None:
+    shutil.rmtree(".mlflow")
+    code = (
+        "import sys; from pathlib import Path\nfrom rediffuse.params import load_params; from rediffuse.tracking.row import stage_run\n"
+        "with stage_run('train_ddpm', load_params(), complete=True) as run:\n"
+        "    run.log_curve(1, {'a': 1.0}); run.log_metrics({'a': 1.0}); run.log_image('a', Path('x')); run.log_file(Path('x'), 'y')\n"
+        "    run.log_metrics_file(Path('x')); run.log_curves_file(Path('x')); run.log_images_folder(Path('x'))\n"
+        "print(sorted({'mlflow', 'dvc', 'torch'} & set(sys.modules)))\n"
+    )
+    process = start_python(repository, code, **switch)
+    assert process.communicate(timeout=30) == ("[]\n", "")
+    assert not Path(".mlflow").exists()
+
+
+def test_random_numbers_are_those_without_tracking(
+    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def states() -> tuple[object, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = states()
+    assert run_everything(params)
+    assert states() == before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert run_everything(params)  # urllib3 draws the pause before it tries again
+    assert states() == before
+    monkeypatch.setattr(Run, "_flush", lambda self: random.random())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert run_everything(params)
+    assert states() == before
+
+
+# Stages that DVC did not need to run
+
+MAKE = """
+import json, pathlib, sys
+import yaml
+from PIL import Image
+from rediffuse.figures.curves import write_curves
+model, group = sys.argv[1], yaml.safe_load(open("params.yaml"))[sys.argv[1]]
+value = group.get("T") or group["latent_dim"]
+plots = pathlib.Path("metrics/plots", "train_" + model)
+(plots / "images").mkdir(parents=True, exist_ok=True)
+write_curves(plots / "curves.csv", [{"images": 10, "loss": value}])
+Image.new("L", (4, 4), value % 256).save(plots / "images" / "noising.png")
+pathlib.Path(f"metrics/train_{model}.json").write_text(json.dumps({"loss": value}))
+"""
+EVALUATE = """
+import pathlib, sys
+from rediffuse.params import load_params
+from rediffuse.tracking.row import stage_run
+model = sys.argv[1]
+path = pathlib.Path(f"metrics/{model}.json")
+with stage_run(f"evaluate@{model}", load_params(), complete=True) as run:
+    path.write_text(pathlib.Path(f"metrics/train_{model}.json").read_text().replace("loss", "fd"))
+    run.log_metrics_file(path)
+"""
+
+
+def train_stage(model: str) -> dict[str, Any]:
+    plots = f"metrics/plots/train_{model}"
+    return {
+        "cmd": f"{sys.executable} make.py {model}",
+        "deps": ["make.py"],
+        "params": [model],
+        "metrics": [{f"metrics/train_{model}.json": {"cache": False}}],
+        "plots": [{f"{plots}/curves.csv": {"cache": False}}, f"{plots}/images"],
+    }
+
+
+def evaluate_stage(model: str) -> dict[str, Any]:
+    return {
+        "cmd": f"{sys.executable} evaluate.py {model}",
+        "deps": ["evaluate.py", f"metrics/train_{model}.json"],
+        "metrics": [{f"metrics/{model}.json": {"cache": False}}],
+    }
+
+
+def dvc(root: Path, *arguments: str, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "DVC_NO_ANALYTICS": "1", **environment}
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_row_of_an_experiment_has_the_results_of_cached_stages_and_none_that_are_stale(repository: Path) -> None:
+    (repository / ".dvc").rmdir()
+    dvc(repository, "init", "-q")
+    (repository / "make.py").write_text(MAKE)
+    (repository / "evaluate.py").write_text(EVALUATE)
+    models = ("vae", "ddpm")
+    stages = {f"train_{m}": train_stage(m) for m in models} | {f"evaluate_{m}": evaluate_stage(m) for m in models}
+    (repository / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    dvc(repository, "repro", REDIFFUSE_TRACKING="off")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "pipeline")
+
+    said = dvc(repository, "exp", "run", "--temp", "-n", "more", "-S", "ddpm.T=1000")
+    assert "tracking is off" not in said and "Running stage 'evaluate_vae'" not in said
+    row = only_row(repository)
+    assert (row.info.run_name, row.info.status) == ("more", "FINISHED")
+    status = {name: value for name, value in row.data.tags.items() if name.startswith("stage.")}
+    assert status == {
+        "stage.evaluate_ddpm.status": "finished",
+        **{f"stage.{stage}.status": "cached" for stage in ("train_vae", "train_ddpm", "evaluate_vae")},
+    }
+    vae, ddpm = 32.0, 1000.0
+    numbers = {"train_vae/loss": vae, "vae/loss": vae, "vae/fd": vae, "train_ddpm/loss": ddpm, "ddpm/loss": ddpm, "ddpm/fd": ddpm}
+    assert {name: value for name, value in row.data.metrics.items() if not name.startswith("seconds/")} == numbers
+    assert {name.partition("+")[0] for name in images(repository)} == {"vae~noising", "ddpm~noising"}
+    assert row.info.artifact_uri.startswith((repository / ".mlflow" / "artifacts").as_uri())
+
+    every = {"train_vae", "train_ddpm", "evaluate_vae", "evaluate_ddpm"}
+    assert up_to_date_results().keys() == every
+    text = (repository / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(text.replace("latent_dim: 32", "latent_dim: 16"))
+    assert up_to_date_results().keys() == {"train_ddpm", "evaluate_ddpm"}  # evaluate_vae agrees with its inputs: they are stale
+    (repository / "params.yaml").write_text(text)
+    (repository / "metrics" / "ddpm.json").write_text("{}")
+    assert up_to_date_results().keys() == every - {"evaluate_ddpm"}
