@@ -1,6 +1,7 @@
 """The training objective: times, labels, weights and the validation loss, against plain arithmetic."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rediffuse.diffusion.objective import by_quarter, denoising_loss, drop_labels, quarter_means, stratified_t, validation_loss
-from rediffuse.diffusion.schedule import Schedule
+from rediffuse.diffusion.schedule import Predict, Schedule
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS: list[Predict] = ["eps", "x0", "v"]
 
 
 def seeded(seed=0):
@@ -25,11 +26,11 @@ def images(n, seed=1):
 class Guess:
     """A network of any prediction whose implied x_0 is `x_0_hat(x_t, t)`; it notes the times and labels it is asked for."""
 
-    predict: str
-    x_0_hat: object = lambda x_t, t: 0.5 * x_t.tanh()
+    predict: Predict
+    x_0_hat: Callable[[Tensor, Tensor], Tensor] = lambda x_t, t: 0.5 * x_t.tanh()
     schedule: Schedule = field(default_factory=lambda: Schedule.make("cosine", 100))
     classes: int = 10
-    asked: list = field(default_factory=list)
+    asked: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         self.asked.append((x_t, t, labels))
@@ -42,7 +43,7 @@ class Guess:
 class Zero:
     """A network that puts out nothing."""
 
-    predict: str
+    predict: Predict
     schedule: Schedule = field(default_factory=lambda: Schedule.make("cosine", 100))
     classes: int = 10
 
@@ -258,3 +259,17 @@ def test_an_image_meets_the_same_noise_at_the_same_share_of_any_T():
     torch.testing.assert_close(eps[0], eps[1], rtol=1e-3, atol=1e-3)
     (_, t, _), (_, t_longer, _) = networks[0].asked[0], networks[1].asked[0]
     assert (t / 100 - t_longer / 1000).abs().max() <= 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_a_gpu_trains_on_the_same_noise_as_the_cpu(predict):
+    x_0, labels = images(32), torch.arange(32) % 10
+    cpu = denoising_loss(Guess(predict), x_0, labels, seeded(), weighting="min-snr", label_drop=0.5)
+    gpu = denoising_loss(Guess(predict), x_0.cuda(), labels.cuda(), seeded(), weighting="min-snr", label_drop=0.5)
+    assert torch.equal(gpu[1].cpu(), cpu[1])
+    torch.testing.assert_close(gpu[0].cpu(), cpu[0], rtol=1e-3, atol=1e-5)
+    assert validation_loss(Guess(predict), x_0.cuda(), labels.cuda(), seed=0) == pytest.approx(
+        validation_loss(Guess(predict), x_0, labels, seed=0), rel=1e-3
+    )

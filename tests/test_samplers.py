@@ -47,7 +47,8 @@ class Mixture:
 
     def cdf(self, x: Tensor, alpha_bar: float = 1.0) -> Tensor:
         w, m_t, variance = self.components(alpha_bar)
-        return (w * torch.special.ndtr((x[:, None] - m_t) / math.sqrt(variance))).sum(1)
+        probability: Tensor = (w * torch.special.ndtr((x[:, None] - m_t) / math.sqrt(variance))).sum(1)
+        return probability
 
     def flow(self, x_T: Tensor, schedule: Schedule) -> Tensor:
         """The exact probability-flow map from x_T to x_0: on the line it keeps quantiles, F_0(x_0) = F_T(x_T).  By bisection."""
@@ -203,9 +204,10 @@ def test_the_exact_flow_of_a_gaussian_is_the_known_scaling():
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_ddim_with_eta_one_is_ancestral_sampling_step_for_step(name, steps):
     schedule, x_T = Schedule.make(name, 100), standard_normal(200)
-    walks = {}
+    walks: dict[str, list[Tensor]] = {}
     for sampler in ("ddpm", "ddim"):
-        walk = walks[sampler] = []
+        walk: list[Tensor] = []
+        walks[sampler] = walk
         walk.append(draw(sampler, TWO_BUMPS, schedule, x_T, steps, eta=1.0, observe=lambda t, x_t, x_0, walk=walk: walk.append(x_t)))
     for ancestral, implicit in zip(walks["ddpm"], walks["ddim"], strict=True):
         torch.testing.assert_close(implicit, ancestral, rtol=1e-9, atol=1e-9)
@@ -301,6 +303,11 @@ def test_calls_of_denoiser_observer_and_noise(sampler, steps):
 
 def test_ddim_with_eta_draws_noise_in_all_steps_but_the_last():
     drawn, x_T = [], standard_normal(3)
+
+    def noise():
+        drawn.append(1)
+        return torch.zeros(3, dtype=f64)
+
     SAMPLERS["ddim"](
         lambda x_t, t, labels: x_t.tanh(),
         Schedule.make("cosine", 50),
@@ -308,7 +315,7 @@ def test_ddim_with_eta_draws_noise_in_all_steps_but_the_last():
         None,
         steps=7,
         eta=0.3,
-        noise=lambda: drawn.append(1) or torch.zeros(3, dtype=f64),
+        noise=noise,
     )
     assert len(drawn) == 6
 

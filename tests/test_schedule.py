@@ -2,15 +2,16 @@
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rediffuse.diffusion.schedule import LOG_ALPHA_BAR, Schedule
+from rediffuse.diffusion.schedule import LOG_ALPHA_BAR, Predict, Schedule
 
 NAMES = list(LOG_ALPHA_BAR)
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS: list[Predict] = ["eps", "x0", "v"]
 f64 = torch.float64
 
 
@@ -74,7 +75,7 @@ def test_every_table_is_finite_and_its_ends_are_exact(name, T):
 def test_the_variance_of_little_noise_is_not_lost_in_rounding():
     u = 1 / 10_000
     expected = -math.expm1(-(0.1 * u + 9.95 * u**2))
-    assert Schedule.make("linear", 10_000).one_minus_alpha_bar[1].item() == pytest.approx(expected, rel=1e-13)
+    assert Schedule.make("linear", 10_000).one_minus_alpha_bar[1].item() == pytest.approx(expected, rel=1e-13, abs=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,27 +196,31 @@ def test_min_snr_weights_are_the_papers():
     t = torch.arange(1, 201)
     snr = (schedule.alpha_bar / (1 - schedule.alpha_bar))[1:]
     clipped = torch.minimum(snr, torch.tensor(gamma))
-    for predict, expected in (("x0", clipped), ("eps", clipped / snr), ("v", clipped / (snr + 1))):
+    weights: dict[Predict, torch.Tensor] = {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}
+    for predict, expected in weights.items():
         torch.testing.assert_close(schedule.loss_weight(predict, "min-snr", gamma, t), expected, rtol=1e-9, atol=0)
         assert (schedule.loss_weight(predict, "simple", gamma, t) == 1).all()
 
 
 def test_what_is_wrong_is_named():
+    cubic: Any = "cubic"
+    score: Any = "score"
+    p2: Any = "p2"
     with pytest.raises(ValueError, match="linear, cosine, sigmoid, got 'cubic'"):
-        Schedule.make("cubic", 10)
+        Schedule.make(cubic, 10)
     with pytest.raises(ValueError, match="T must be at least 1, got 0"):
         Schedule.make("cosine", 0)
     schedule, x, t = Schedule.make("cosine", 10), torch.zeros(1), torch.tensor([1])
     for call in (
-        lambda: schedule.target("score", x, x, 1),
-        lambda: schedule.x_0_from("score", x, x, 1),
-        lambda: schedule.error_scale("score", t),
-        lambda: schedule.loss_weight("score", "min-snr", 5.0, t),
+        lambda: schedule.target(score, x, x, 1),
+        lambda: schedule.x_0_from(score, x, x, 1),
+        lambda: schedule.error_scale(score, t),
+        lambda: schedule.loss_weight(score, "min-snr", 5.0, t),
     ):
         with pytest.raises(ValueError, match="eps, x0, v, got 'score'"):
             call()
     with pytest.raises(ValueError, match="simple, min-snr, got 'p2'"):
-        schedule.loss_weight("eps", "p2", 5.0, t)
+        schedule.loss_weight("eps", p2, 5.0, t)
 
 
 @pytest.mark.parametrize(

@@ -39,4 +39,5 @@ def make_deterministic() -> None:
 
 def seed_for(*parts: int) -> int:
     """One 63-bit seed from several small integers, such as (seed, purpose, shard); different parts give independent streams."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    # With the count in front, because numpy takes (seed,) and (seed, 0) for the same.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,194 @@
+"""The pipeline as a user runs it: a fresh checkout, real Fashion-MNIST, real DVC and MLflow; only the models are tiny."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["prepare", "reference", "train_vae", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
+TINY = {
+    "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
+    "ddpm": {"width": 8, "T": 50},
+    "sample": {"n": 256},
+    "evaluate": {"kid_subsets": 10, "kid_subset_size": 64},
+}
+SHORT = {"images": 2560, "batch": 64, "lr_warmup": 640, "log_every": 640, "validate_every": 1280, "checkpoint_every": 640}
+
+pytestmark = pytest.mark.slow
+
+
+def run(checkout, *command, check=True):
+    """A command in the checkout with the environment of an activated .venv, and nothing else that could steer DVC or MLflow."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    done = subprocess.run(command, cwd=checkout, env=environment, text=True, capture_output=True, timeout=600)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+def stages_run(output):
+    """The stages that DVC says it ran, in order."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, fashion_mnist):
+    """A committed checkout of the working tree with tiny models, run once by `dvc repro`."""
+    folder = tmp_path_factory.mktemp("pipeline") / "checkout"
+    folder.mkdir()
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, tracked):
+        # Results of the full run belong to other parameters.
+        if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    if (ROOT / "data/raw").is_dir():
+        shutil.copytree(ROOT / "data/raw", folder / "data/raw")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for group, values in TINY.items():
+        params[group] |= values
+    for model in ("vae", "ddpm"):
+        params[model]["training"] |= SHORT
+    params["sample"]["ddpm"]["steps"] = 5
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    run(folder, "git", "init", "-q", ".")
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "-qm", "tiny")
+    assert stages_run(run(folder, "dvc", "repro").stdout) == STAGES
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "-qm", "results")
+    return folder
+
+
+def rows(checkout):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{checkout}/.mlflow/mlflow.db")
+    return client, client.search_runs([client.get_experiment_by_name("rediffuse").experiment_id], order_by=["attributes.start_time ASC"])
+
+
+def numbers(checkout):
+    return {path.name: json.loads(path.read_text()) for path in sorted((checkout / "metrics").glob("*.json"))}
+
+
+def test_results_are_complete_and_plausible(checkout):
+    found = numbers(checkout)
+    assert list(found) == ["ddpm.json", "reference.json", "train_ddpm.json", "train_vae.json", "vae.json"]
+    floor = found["reference.json"]["fashion-mnist-cnn-v1"]["floor"]["fd"]
+    for model in ("vae", "ddpm"):
+        score = found[f"{model}.json"]["fashion-mnist-cnn-v1"]
+        assert score["fd"] > floor  # models this small are far from the data
+        assert 1 <= score["is"] <= score["is_max"] == 10
+        samples = np.load(checkout / f"data/samples/{model}.npz")
+        assert samples["images"].shape == (256, 1, 28, 28)
+        assert samples["images"].dtype == np.uint8
+    assert sorted(np.load(checkout / "data/samples/ddpm.npz")) == ["images", "labels"]
+    pictures = sorted(str(path.relative_to(checkout / "metrics/plots")) for path in (checkout / "metrics/plots").rglob("*.png"))
+    assert pictures == [
+        "sample_ddpm/denoising.png",
+        "sample_ddpm/samples.png",
+        "sample_vae/samples.png",
+        "train_ddpm/images/noising.png",
+        "train_vae/images/interpolation.png",
+        "train_vae/images/latent.png",
+        "train_vae/images/reconstructions.png",
+    ]
+
+
+def test_a_second_repro_runs_nothing_and_status_is_clean(checkout):
+    assert stages_run(run(checkout, "dvc", "repro").stdout) == []
+    assert run(checkout, "dvc", "status", "-q", check=False).returncode == 0
+    assert run(checkout, "git", "status", "--porcelain").stdout == ""
+
+
+def test_repro_leaves_one_row_with_parameters_metrics_curves_and_pictures(checkout):
+    client, found = rows(checkout)
+    row = found[0]
+    assert row.info.run_name.startswith("repro-")
+    assert row.info.status == "FINISHED"
+    assert row.data.params["ddpm.T"] == "50"
+    for model in ("vae", "ddpm"):
+        fd = numbers(checkout)[f"{model}.json"]["fashion-mnist-cnn-v1"]["fd"]
+        assert row.data.metrics[f"{model}/fashion-mnist-cnn-v1/fd"] == fd
+    assert [point.step for point in client.get_metric_history(row.info.run_id, "ddpm/loss")] == [640, 1280, 1920, 2560]
+    images = {Path(artifact.path).name.split("+")[0] for artifact in client.list_artifacts(row.info.run_id, "images")}
+    expected = {"ddpm~noising", "ddpm~denoising", "ddpm~samples", "vae~samples", "vae~latent", "vae~interpolation", "vae~reconstructions"}
+    assert images == expected
+
+
+def test_a_forced_repro_gives_the_same_lock_byte_for_byte(checkout):
+    before = (checkout / "dvc.lock").read_bytes()
+    assert stages_run(run(checkout, "dvc", "repro", "-f").stdout) == STAGES
+    assert (checkout / "dvc.lock").read_bytes() == before
+    assert run(checkout, "git", "status", "--porcelain").stdout == ""
+
+
+@pytest.fixture(scope="module")
+def experiment(checkout):
+    """`dvc exp run -S ddpm.T=1000 -n longer`, the results of which are in the workspace afterwards."""
+    done = run(checkout, "dvc", "exp", "run", "-n", "longer", "-S", "ddpm.T=1000", "-S", "ddpm.training.lr=1e-5")
+    return stages_run(done.stdout)
+
+
+def test_an_experiment_runs_only_what_depends_on_it(experiment):
+    assert experiment == ["train_ddpm", "sample@ddpm", "evaluate@ddpm"]
+
+
+def test_an_experiment_is_compared_by_dvc(checkout, experiment):
+    difference = json.loads(run(checkout, "dvc", "metrics", "diff", "--json").stdout)
+    assert set(difference) == {"metrics/ddpm.json", "metrics/train_ddpm.json"}
+    shown = run(checkout, "dvc", "exp", "show", "--csv").stdout
+    assert "longer" in shown
+    assert "1000" in shown
+    run(checkout, "dvc", "plots", "diff", "HEAD")
+    page = (checkout / "dvc_plots/index.html").read_text()
+    assert "train_ddpm" in page
+    shutil.rmtree(checkout / "dvc_plots")
+
+
+def test_the_row_of_an_experiment_is_complete_though_most_stages_were_cached(checkout, experiment):
+    client, found = rows(checkout)
+    by_name = {row.info.run_name: row for row in found}
+    assert len(by_name) == len(found) == 2
+    row, base = by_name["longer"], found[0]
+    assert row.data.params["ddpm.T"] == "1000"
+    assert row.data.params["ddpm.training.lr"] == "1e-05"
+    names = {name for name in base.data.metrics if not name.startswith("seconds/")}
+    assert names == {name for name in row.data.metrics if not name.startswith("seconds/")}
+    assert row.data.metrics["vae/fashion-mnist-cnn-v1/fd"] == base.data.metrics["vae/fashion-mnist-cnn-v1/fd"]
+    assert row.data.metrics["ddpm/fashion-mnist-cnn-v1/fd"] == numbers(checkout)["ddpm.json"]["fashion-mnist-cnn-v1"]["fd"]
+    images = {
+        run_: {Path(a.path).name.split("+")[0] for a in client.list_artifacts(run_, "images")}
+        for run_ in (row.info.run_id, base.info.run_id)
+    }
+    assert images[row.info.run_id] == images[base.info.run_id]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ddpm.T=0", "ddpm.T must be an integer at least 2 and at most 10000, got 0"),
+        ("ddpm.T=abc", "ddpm.T must be an integer at least 2 and at most 10000, got 'abc'"),
+        ("ddpm.schedule=cubic", "ddpm.schedule must be one of linear, cosine, sigmoid, got 'cubic'"),
+        ("+ddpm.typo=1", "ddpm.typo is not a parameter"),
+    ],
+)
+def test_a_wrong_parameter_is_named_and_nothing_is_lost(checkout, experiment, override, message):
+    before = (checkout / "data/models/ddpm/model.safetensors").read_bytes()
+    done = run(checkout, "dvc", "exp", "run", "-S", override, check=False)
+    assert done.returncode != 0
+    assert f"error: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(checkout, "git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics")
+    run(checkout, "dvc", "checkout")
+    run(checkout, "dvc", "exp", "apply", "longer")
+    assert (checkout / "data/models/ddpm/model.safetensors").read_bytes() == before
