@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -33,6 +34,7 @@ def autocast(on: torch.device, precision: Precision) -> AbstractContextManager[o
 
 def make_deterministic() -> None:
     """Same inputs, same bytes, on the same machine class; an operation that cannot promise it raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it some products of matrices are refused on CUDA
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
