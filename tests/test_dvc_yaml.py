@@ -256,3 +256,12 @@ def test_the_run_cache_can_serve_a_stage(name):
     for entry in [*stage.deps, *stage.outs]:
         assert entry.protocol == "local" and entry.def_path and not Path(entry.def_path).is_absolute()
     assert all(out.is_in_repo for out in stage.outs)
+
+
+@every_stage
+def test_the_committed_results_belong_to_the_committed_code_and_parameters(name):
+    """dvc.lock names the code and parameters that its results come from; a change without a new `dvc repro` shows here."""
+    stage = stages()[name]
+    assert not stage.changed_stage(), "the command differs from dvc.lock: run `make repro` and commit dvc.lock and metrics"
+    changed = {str(dep): dep.status() for dep in stage.deps if not str(dep).startswith("data/") and dep.status()}
+    assert not changed, "run `make repro` and commit dvc.lock and metrics"
