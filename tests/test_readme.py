@@ -53,6 +53,6 @@ def test_links_lead_to_files():
 
 def test_the_commands_of_the_readme_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"\bmake (\w+)", README))
+    targets = set(re.findall(r"(?:`|^    )make (\w+)", README, re.MULTILINE))
     assert {"repro", "test", "ui"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
