@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from rediffuse.data.images import load_images
+from rediffuse.data.images import ImageSet, load_images
 from rediffuse.data.pixels import from_signed, to_signed
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.samplers import time_grid
@@ -30,8 +30,8 @@ def main() -> None:
     train, validation = load_images("data/prepared", "train"), load_images("data/prepared", "validation")
     config = denoiser_config(params.ddpm, train.shape, train.classes)
     on = device()
-    images, labels = torch.tensor(train.images, device=on), torch.tensor(train.labels, device=on)
-    held_out, held_out_labels = torch.tensor(validation.images, device=on), torch.tensor(validation.labels, device=on)
+    images, labels = on_device(train, on)
+    held_out, held_out_labels = on_device(validation, on)
 
     def validated(denoiser: Denoiser) -> dict[str, float]:
         with autocast(on, params.precision):
@@ -56,16 +56,19 @@ def main() -> None:
         )
         denoiser, curves = trainer.train(checkpoint)
         save_model(denoiser, config, Path("data/models/ddpm"))
-        last = {name.removeprefix("validation_"): value for name, value in curves.validation[-1].items() if name != "images"}
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-        write_json(Path("metrics/train_ddpm.json"), {"validation": last, "parameters": parameters})
+        last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
+        write_json(Path("metrics/train_ddpm.json"), {"validation": {"eps_mse": last}, "parameters": parameters})
         write_curves(PLOTS / "training.csv", curves.training)
         write_curves(PLOTS / "validation.csv", curves.validation)
         draw_noising(denoiser.schedule, held_out[:ROWS].cpu(), seed=params.seed)
-        run.log_metrics_file(Path("metrics/train_ddpm.json"))
-        run.log_curves_file(PLOTS / "training.csv")
-        run.log_curves_file(PLOTS / "validation.csv")
-        run.log_images_folder(PLOTS / "images")
+        run.log_results(Path("metrics/train_ddpm.json"), PLOTS)
+
+
+def on_device(images: ImageSet, on: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and labels, if there are any, copied to the device."""
+    labels = None if images.labels is None else torch.tensor(images.labels, device=on)
+    return torch.tensor(images.images, device=on), labels
 
 
 def draw_noising(schedule: Schedule, images: torch.Tensor, *, seed: int) -> None:

@@ -55,10 +55,7 @@ def main() -> None:
         draw(vae, unseen)
         means = posterior_means(vae, unseen).numpy()
         save_png(latent_map(means, test.labels, test.classes), PLOTS / "images/latent.png")
-        run.log_metrics_file(Path("metrics/train_vae.json"))
-        run.log_curves_file(PLOTS / "training.csv")
-        run.log_curves_file(PLOTS / "validation.csv")
-        run.log_images_folder(PLOTS / "images")
+        run.log_results(Path("metrics/train_vae.json"), PLOTS)
 
 
 @torch.no_grad()

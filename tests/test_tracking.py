@@ -236,7 +236,7 @@ def test_replayed_points_are_not_doubled(repository: Path, params: Params) -> No
         for seen, loss in points[20:]:  # from the last checkpoint on
             run.log_curve(seen, {"ddpm/loss": loss})
         write_curves(curves, [{"images": seen, "loss": loss} for seen, loss in points])
-        run.log_curves_file(curves)
+        run.log_results(curves)
     assert sorted(history(repository, "ddpm/loss")) == points
     assert only_row(repository).data.metrics["ddpm/loss"] == points[-1][1]
 
@@ -275,6 +275,20 @@ def test_curves_read_back_as_they_were_logged(tmp_path: Path) -> None:
     path = tmp_path / "metrics" / "plots" / "train_vae" / "curves.csv"
     write_curves(path, [{"images": 64, "loss": 0.1}, {"images": 128, "loss": 1 / 3, "validation": 2e-17}])
     assert list(read_curve_points(path)) == [(64, {"vae/loss": 0.1}), (128, {"vae/loss": 1 / 3, "vae/validation": 2e-17})]
+
+
+def test_full_record_is_kept_as_a_file_and_gives_no_numbers(repository: Path, params: Params) -> None:
+    record = Path("metrics/evaluation/ddpm.json")
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"scores": {"fd": 1.5}}))
+    classes = Path("metrics/plots/evaluate_ddpm/classes.csv")
+    classes.parent.mkdir(parents=True)
+    classes.write_text("class,fd\nbag,1.5\n")
+    with stage_run("evaluate@ddpm", params) as run:
+        run.log_results(record, classes)
+    row = only_row(repository)
+    assert {name for name in row.data.metrics if not name.startswith("seconds/")} == set()
+    assert [file.path for file in client(repository).list_artifacts(row.info.run_id, "metrics/evaluation")] == [str(record)]
 
 
 @pytest.mark.parametrize(
@@ -316,8 +330,8 @@ def test_pictures_stand_in_the_image_grid_once(repository: Path, params: Params)
     for shade in (picture, 255 - picture):
         Image.fromarray(shade).save(folder / "samples.png")
         with stage_run("sample@ddpm", params) as run:
-            run.log_images_folder(folder)
-            run.log_image("ddpm/steps", folder / "samples.png", step=40)
+            run.log_results(folder)
+            run.log_image("ddpm/steps", 40, folder / "samples.png")
     names = images(repository)
     assert len(names) == 4
     # As MLflow's UI takes the names apart: key+step+N+timestamp+N+id, a PNG and a WebP marked "compressed" for each.
@@ -382,7 +396,7 @@ def run_everything(params: Params) -> bool:
         for step in range(3):
             run.log_curve(step, {"ddpm/loss": 1.0})
         run.log_metrics({"ddpm/fd": 1.0})
-        run.log_image("ddpm/x", Path(".dvc/x.png"))
+        run.log_image("ddpm/x", 0, Path(".dvc/x.png"))
         run.log_file(Path("params.yaml"), "more")
         return True
     return False
@@ -438,8 +452,8 @@ def test_switched_off_or_in_a_second_process_of_training_nothing_is_imported_or_
     code = (
         "import sys; from pathlib import Path\nfrom rediffuse.params import load_params; from rediffuse.tracking.row import stage_run\n"
         "with stage_run('train_ddpm', load_params(), complete=True) as run:\n"
-        "    run.log_curve(1, {'a': 1.0}); run.log_metrics({'a': 1.0}); run.log_image('a', Path('x')); run.log_file(Path('x'), 'y')\n"
-        "    run.log_metrics_file(Path('x')); run.log_curves_file(Path('x')); run.log_images_folder(Path('x'))\n"
+        "    run.log_curve(1, {'a': 1.0}); run.log_metrics({'a': 1.0}); run.log_image('a', 0, Path('x')); run.log_file(Path('x'), 'y')\n"
+        "    run.log_results(Path('x'))\n"
         "print(sorted({'mlflow', 'dvc', 'torch'} & set(sys.modules)))\n"
     )
     process = start_python(repository, code, **switch)
@@ -488,7 +502,7 @@ model = sys.argv[1]
 path = pathlib.Path(f"metrics/{model}.json")
 with stage_run(f"evaluate@{model}", load_params(), complete=True) as run:
     path.write_text(pathlib.Path(f"metrics/train_{model}.json").read_text().replace("loss", "fd"))
-    run.log_metrics_file(path)
+    run.log_results(path)
 """
 
 

@@ -28,6 +28,9 @@ def write_curves(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def read_curves(path: str | Path) -> list[dict[str, float]]:
-    """The rows of `write_curves`, without the empty values."""
+    """The rows of `write_curves`, without the empty values; no rows for a table of another kind, which has no `images` in front."""
     with Path(path).open(newline="") as file:
-        return [{column: float(value) for column, value in row.items() if value} for row in csv.DictReader(file)]
+        table = csv.DictReader(file)
+        if not table.fieldnames or table.fieldnames[0] != "images":
+            return []
+        return [{column: float(value) for column, value in row.items() if value} for row in table]

@@ -1,8 +1,7 @@
-"""The latent space of a VAE: where the images lie in it, and what lies where.  The only module that needs matplotlib."""
+"""The latent space of a VAE: where the images lie in it, and what lies where."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -11,6 +10,8 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from rediffuse.figures.render import render
 
 Floats = NDArray[np.floating]
 
@@ -32,10 +33,7 @@ def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: 
             for index, name in enumerate(classes):
                 axis.scatter([], [], color=colours(index), label=name)
             figure.legend(loc="outside right center")
-        pixels = io.BytesIO()
-        figure.savefig(pixels, format="rgba")
-    wide, high = figure.canvas.get_width_height()
-    return np.frombuffer(pixels.getvalue(), np.uint8).reshape(high, wide, 4)[:, :, :3]
+        return render(figure)
 
 
 def prior_lattice(n: int) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rediffuse.tracking.results import result_files
 from rediffuse.tracking.store import checkout_root
 
 if TYPE_CHECKING:
@@ -49,6 +50,4 @@ def _agrees_with_lock(stage: Stage) -> bool:
 
 def _results(stage: Stage, root: Path) -> list[Path]:
     """The stage's files under metrics/, with folders opened, in a fixed order."""
-    outs = [Path(out.fs_path) for out in stage.outs]
-    files = [file for out in outs for file in (sorted(out.rglob("*")) if out.is_dir() else [out])]
-    return [file for file in files if file.is_file() and file.is_relative_to(root / "metrics")]
+    return [file for file in result_files(Path(out.fs_path) for out in stage.outs) if file.is_relative_to(root / "metrics")]

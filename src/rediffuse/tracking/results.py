@@ -3,7 +3,8 @@ so that a number has the same name wherever it comes from.
 
     metrics/ddpm.json                        {"cnn-v1": {"fd": 3.1}}    ->  metric ddpm/cnn-v1/fd
     metrics/train_vae.json                   {"elbo": -240.1}           ->  metric train_vae/elbo
-    metrics/plots/train_ddpm/curves.csv      images,loss                ->  curve  ddpm/loss, step = images seen
+    metrics/evaluation/ddpm.json             the full record behind metrics/ddpm.json: an artifact, no metrics
+    metrics/plots/train_ddpm/training.csv    images,loss                ->  curve  ddpm/loss, step = images seen
     metrics/plots/train_ddpm/images/noising.png                         ->  image  ddpm/noising
     metrics/plots/sample_vae/walk/3000.png                              ->  image  vae/walk, step 3000
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from rediffuse.figures.curves import read_curves
 def legal(name: str) -> str:
     """A name as MLflow takes it for parameters, metrics, tags and images: other characters become _, 250 at most."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
+
+
+def result_files(places: Iterable[Path]) -> list[Path]:
+    """The files at these places, folders opened, in a fixed order."""
+    return [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place]) if file.is_file()]
+
+
+def is_record(path: Path) -> bool:
+    """Whether the file is a full record of an evaluation."""
+    return path.suffix == ".json" and path.parent.name == "evaluation"
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -42,7 +53,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_curve_points(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """(images seen, {curve: value}) for each row of a curves.csv."""
+    """(images seen, {curve: value}) for each row of a CSV of curves; nothing for one of another kind, such as scores by class."""
     model = model_of(_below_plots(path)[0])
     for row in read_curves(path):
         images = int(row.pop("images"))

@@ -3,7 +3,7 @@
     with stage_run("train_ddpm", params) as run:
         run.log_curve(images, {"ddpm/loss": loss})              # while training
         ...                                                     # the stage writes its files, then
-        run.log_metrics_file(Path("metrics/train_ddpm.json"))
+        run.log_results(Path("metrics/train_ddpm.json"), Path("metrics/plots/train_ddpm"))
 
 Tracking changes no byte of an output and fails no stage.  On the first error (server down, disk full, read-only) it says so in
 one line on stderr and is off for the rest of the stage.  REDIFFUSE_TRACKING=off switches it off altogether.
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from rediffuse.params import Params, flatten
 from rediffuse.tracking.identity import Identity, identify
-from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
+from rediffuse.tracking.results import image_name, is_record, legal, read_curve_points, read_metrics, result_files
 from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri, warn
 
 if TYPE_CHECKING:
@@ -130,27 +130,27 @@ class Run:
         self._flush()
 
     @_never_fails
-    def log_metrics_file(self, path: Path) -> None:
-        """The numbers of metrics/NAME.json, as NAME/key/key (see results.py), and the file itself."""
-        self.log_metrics(read_metrics(path))
-        self.log_file(path, "metrics")
+    def log_results(self, *places: Path) -> None:
+        """What the stage has written under metrics/, files or whole folders; names in the row are made by results.py.
 
-    @_never_fails
-    def log_curves_file(self, path: Path) -> None:
-        """The points of metrics/plots/STAGE/curves.csv; those already logged while training are skipped."""
-        for images, values in read_curve_points(path):
-            self.log_curve(images, values)
+        metrics/NAME.json: its numbers, and the file.  metrics/evaluation/NAME.json: the file alone, it is the full record behind the
+        numbers.  Curves (CSV): their points, those already logged while training are skipped.  PNG: as pictures.
+        """
+        for path in result_files(places):
+            if is_record(path):
+                self.log_file(path, "metrics/evaluation")
+            elif path.suffix == ".json":
+                self.log_metrics(read_metrics(path))
+                self.log_file(path, "metrics")
+            elif path.suffix == ".csv":
+                for images, values in read_curve_points(path):
+                    self.log_curve(images, values)
+            elif path.suffix == ".png":
+                self.log_image(*image_name(path), path)
         self._flush()
 
     @_never_fails
-    def log_images_folder(self, folder: Path) -> None:
-        """Every PNG in the folder (below metrics/plots), named after its path (see results.py)."""
-        for path in sorted(folder.rglob("*.png")):
-            key, step = image_name(path)
-            self.log_image(key, path, step)
-
-    @_never_fails
-    def log_image(self, key: str, image: Path, step: int = 0) -> None:
+    def log_image(self, key: str, step: int, image: Path) -> None:
         """A PNG, shown by MLflow in an image grid: rows side by side for the same key and step.
 
         MLflow's own log_image gives each picture a random name, so that pictures pile up when a stage runs again.  The names
@@ -186,14 +186,7 @@ class Run:
         from rediffuse.tracking.cached import up_to_date_results
 
         for stage, files in up_to_date_results().items():
-            for path in files:
-                if path.suffix == ".json":
-                    self.log_metrics_file(path)
-                elif path.suffix == ".csv":
-                    self.log_curves_file(path)
-                elif path.suffix == ".png":
-                    key, step = image_name(path)
-                    self.log_image(key, path, step)
+            self.log_results(*files)
             if self._tags.get(_stage_tag(stage, "status")) != "finished":
                 self._set_tags({_stage_tag(stage, "status"): "cached"})
         self._log_recipe()

@@ -78,7 +78,7 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
         return str(found.experiment_id)
     local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
     location = (root / ".mlflow" / "artifacts").as_uri() if local else None
-    # Without the tag MLflow's pages open in their view of language models, which hides charts and pictures.
+    # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
     return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -70,11 +70,19 @@ def resumable(folder: Path, name: str, configuration: dict[str, Any]) -> Iterato
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{fingerprint(configuration)[:32]}.pt"
-    with FileLock(path.with_suffix(".lock")):
+    with _acquire(FileLock(path.with_suffix(".lock")), name):
         checkpoint = Checkpoint(path)
         yield checkpoint
         path.unlink(missing_ok=True)
         path.with_suffix(".tmp").unlink(missing_ok=True)
+
+
+def _acquire(lock: FileLock, name: str) -> AcquireReturnProxy[FileLock]:
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"waiting for another process that trains the same {name} (it holds {lock.lock_file})", file=sys.stderr, flush=True)
+        return lock.acquire()
 
 
 def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:

@@ -65,7 +65,7 @@ def final_measures(vae: VAE, train: Tensor, test: Tensor, *, seed: int) -> dict[
     on_test = measure(vae, test, seed=seed)
     report: dict[str, Any] = {
         "test": on_test | {"bits_per_dim": bits_per_dim(vae, on_test["elbo"])},
-        "train": measure(vae, train[: len(test)], seed=seed),
+        "train": {"elbo": measure(vae, train[: len(test)], seed=seed)["elbo"]},
         f"iwae_{IWAE_SAMPLES}": torch.cat(bounds).double().mean().item(),
         "active_units": active_units(posterior_means(vae, test)),
     }

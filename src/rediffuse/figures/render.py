@@ -1,0 +1,17 @@
+"""From a figure of matplotlib to a picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+
+def render(figure: Figure) -> NDArray[np.uint8]:
+    """The pixels, uint8 (height, width, 3)."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="rgba")
+    wide, high = figure.canvas.get_width_height()
+    return np.frombuffer(pixels.getvalue(), np.uint8).reshape(high, wide, 4)[:, :, :3]
