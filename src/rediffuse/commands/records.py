@@ -1,0 +1,246 @@
+"""Where the full record of an evaluation (metrics/evaluation/{model}.json) is found, for a name that the user gives.
+
+A name is looked for in this order, and the first place that knows it counts:
+
+1. `workspace`: the files of the checkout;
+2. a git revision: branch, tag, commit, HEAD~1 (the records are tracked by git, so nothing is fetched or checked out);
+3. a DVC experiment, as `dvc exp show` names it: kept by git under refs/exps/<baseline>/<name>;
+4. an MLflow run, by its id or its name: the record is an artifact of it.  MLflow is imported only now, which takes 1.4 s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rediffuse.errors import UserError
+from rediffuse.tracking.store import EXPERIMENT, checkout_root, connect, repository_root, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+MODELS = ("vae", "ddpm")
+FOLDER = "metrics/evaluation"
+PASSWORD = re.compile(r"//[^/@\s]*@")  # and the user's name, in the address of a store
+
+Record = dict[str, Any]
+
+
+class _UnknownNameError(Exception):
+    """The place does not know the name; the text says what was tried."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A name as the user gave it, where it was found, the files of records there by model, and the one model that is meant, if any."""
+
+    name: str
+    origin: str
+    files: Mapping[str, bytes]
+    model: str | None
+
+
+def find_source(text: str) -> Source:
+    """What `NAME` or `NAME:MODEL` means.
+
+    Raises UserError for a name that no place knows or that means several things there, for records that are missing, and for a
+    working directory outside a DVC repository.
+    """
+    name, model = split_name(text)
+    tried = []
+    for look in (_in_workspace, _in_git, _in_experiments, _in_mlflow):
+        try:
+            origin, files = look(name)
+        except _UnknownNameError as unknown:
+            tried.append(str(unknown))
+            continue
+        return Source(text, origin, files, model)
+    hint = f"; after a colon only {' or '.join(MODELS)} is a model" if ":" in name else ""
+    reasons = "".join(f"\n  {reason}" for reason in dict.fromkeys(tried))
+    raise UserError(
+        f"nothing is called {name!r}; it was looked for in this order:{reasons}\nlook it up with `dvc exp show` or `make ui`{hint}"
+    )
+
+
+def split_name(text: str) -> tuple[str, str | None]:
+    """("HEAD", "ddpm") of "HEAD:ddpm"; a suffix that is no model belongs to the name."""
+    name, colon, model = text.rpartition(":")
+    if not colon or model not in MODELS:
+        name, model = text, ""
+    if not name or name.startswith("-"):
+        raise UserError(f"{text!r} names no revision, experiment or run; give one, as in HEAD, HEAD:ddpm or workspace:vae")
+    return name, model or None
+
+
+def by_model(sources: Sequence[Source]) -> tuple[list[list[tuple[Source, Record]]], list[str]]:
+    """The records to compare, a group for each comparison, and notes on what is left out.
+
+    If models are named, one group: a source without a model takes the one that the others name.  Otherwise a group for each
+    model that all sources have.  Raises UserError if a source lacks the model, if it is not clear which one is meant, and for a
+    record that is damaged.
+    """
+    named = list(dict.fromkeys(source.model for source in sources if source.model))
+    unclear = [source.name for source in sources if not source.model]
+    if len(named) > 1 and unclear:
+        remedy = " or ".join(f"{unclear[0]}:{model}" for model in named)
+        raise UserError(f"{' and '.join(named)} are both named, so say which model of {unclear[0]} is meant: {remedy}")
+    if named:
+        return [[(source, _record_of(source, source.model or named[0])) for source in sources]], []
+    shared = [model for model in MODELS if all(model in source.files for source in sources)]
+    if not shared:
+        have = "; ".join(f"{source.name} ({source.origin}): {', '.join(source.files)}" for source in sources)
+        raise UserError(
+            f"no model is in all of them ({have}): run `dvc repro` where one is missing, or name models, as in HEAD:vae HEAD:ddpm"
+        )
+    lacking = {model: [source.name for source in sources if model not in source.files] for model in MODELS if model not in shared}
+    notes = [f"{model} is left out: no record of it in {', '.join(names)}" for model, names in lacking.items() if len(names) < len(sources)]
+    return [[(source, _record_of(source, model)) for source in sources] for model in shared], notes
+
+
+def _record_of(source: Source, model: str) -> Record:
+    if model not in source.files:
+        have = ", ".join(source.files)
+        raise UserError(
+            f"{source.name} ({source.origin}) has no record of {model}, only of {have}: make it there with `dvc repro evaluate@{model}`"
+        )
+    remedy = f"make it anew there with `dvc repro evaluate@{model}`"
+    try:
+        record = json.loads(source.files[model], parse_constant=lambda _: None)  # NaN is no JSON: a missing number
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{FOLDER}/{model}.json of {source.name} ({source.origin}) is damaged ({error}): {remedy}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{FOLDER}/{model}.json of {source.name} ({source.origin}) is damaged (it holds no mapping): {remedy}")
+    return record
+
+
+def _existing(files: dict[str, bytes], title: str, remedy: str) -> dict[str, bytes]:
+    """The files.  Raises UserError if there are none."""
+    if not files:
+        raise UserError(f"{title} has no {' or '.join(f'{FOLDER}/{model}.json' for model in MODELS)}: {remedy}")
+    return files
+
+
+# The checkout
+
+
+def _root() -> Path:
+    """The root of the checkout.  Raises UserError outside one."""
+    try:
+        return checkout_root()
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+
+
+def _in_workspace(name: str) -> tuple[str, dict[str, bytes]]:
+    root = _root()
+    if name != "workspace":
+        raise _UnknownNameError("workspace: the checkout is meant by the word `workspace`")
+    paths = {model: root / FOLDER / f"{model}.json" for model in MODELS}
+    files = {model: path.read_bytes() for model, path in paths.items() if path.is_file()}
+    return "files of the checkout", _existing(files, "the workspace", "make them with `dvc repro`")
+
+
+# git
+
+
+def _git(*arguments: str) -> bytes:
+    """What git prints at the root of the checkout.  Raises _UnknownNameError where it fails, as it does outside a git repository."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=_root(), capture_output=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise _UnknownNameError(f"git: {error.stderr.decode(errors='replace').strip() or 'no revision of this name'}") from None
+    except OSError as error:
+        raise _UnknownNameError(f"git: it cannot be run ({error})") from None
+
+
+def _in_git(name: str) -> tuple[str, dict[str, bytes]]:
+    commit = _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+    return f"git revision {commit[:7]}", _committed(commit, name)
+
+
+def _in_experiments(name: str) -> tuple[str, dict[str, bytes]]:
+    """As DVC does, an experiment on the commit that is checked out is preferred to one of the same name on another."""
+    baselines = _experiments().get(name, {})
+    if not baselines:
+        raise _UnknownNameError("DVC: no experiment of this name")
+    try:
+        head = _git("rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
+    except _UnknownNameError:  # before the first commit
+        head = ""
+    if head not in baselines and len(baselines) > 1:
+        listed = "".join(f"\n  refs/exps/{base[:2]}/{base[2:]}/{name}, which is {commit[:7]}" for base, commit in baselines.items())
+        raise UserError(f"several experiments are called {name!r}; give the commit of the one that is meant:{listed}")
+    baseline, commit = (head, baselines[head]) if head in baselines else next(iter(baselines.items()))
+    return f"experiment {commit[:7]} on {baseline[:7]}", _committed(commit, name)
+
+
+def _experiments() -> dict[str, dict[str, str]]:
+    """{name: {baseline: commit}}.  DVC's own refs below refs/exps (exec, stash, celery, ...) have no baseline in their names."""
+    found = dict[str, dict[str, str]]()
+    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").decode(errors="replace").splitlines():
+        if match := re.fullmatch(r"([0-9a-f]+) refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/]+)", line):
+            commit, folder, rest, name = match.groups()
+            found.setdefault(name, {})[folder + rest] = commit
+    return found
+
+
+def _committed(commit: str, name: str) -> dict[str, bytes]:
+    """The records in a commit."""
+    there = _git("ls-tree", "-z", "--name-only", commit, f"{FOLDER}/").decode().split("\0")
+    files = {model: _git("show", f"{commit}:./{FOLDER}/{model}.json") for model in MODELS if f"{FOLDER}/{model}.json" in there}
+    remedy = "it was made before full records existed, or without running the pipeline; check it out and run `dvc repro` there"
+    return _existing(files, f"{name} ({commit[:7]})", remedy)
+
+
+# MLflow
+
+
+def _in_mlflow(name: str) -> tuple[str, dict[str, bytes]]:
+    root = repository_root()
+    uri = tracking_uri(root)
+    shown = PASSWORD.sub("//", uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise _UnknownNameError(f"MLflow: there is no store yet ({shown})")  # opening it would make one
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        client = connect(uri)
+        run = _mlflow_run(client, name, shown)
+        return f"MLflow run {run.info.run_id}", _existing(_artifacts(client, run), name, "the run did not get as far as stage evaluate")
+    except (UserError, _UnknownNameError):
+        raise
+    except Exception as error:  # MLflow raises what its database, server or file system raise
+        reason = PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))
+        raise _UnknownNameError(f"MLflow: {shown} cannot be read ({reason[:300]})") from None
+
+
+def _mlflow_run(client: MlflowClient, name: str, shown: str) -> MlflowRun:
+    """The run of this id or name in the project's experiment."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    ids = [experiment.experiment_id] if experiment else []
+    quote = '"' if "'" in name else "'"  # MLflow's filters know no escape
+    wanted = [f"attributes.{key} = {quote}{name}{quote}" for key in ("run_id", "run_name")] if quote not in name else []
+    runs = [run for query in wanted if ids for run in client.search_runs(ids, query)]
+    if not runs:
+        raise _UnknownNameError(f"MLflow: no run of this id or name ({shown})")
+    if len(runs) > 1:
+        started = [f"{datetime.fromtimestamp(run.info.start_time / 1000, UTC):%Y-%m-%d %H:%M}" for run in runs]
+        listed = "".join(f"\n  {run.info.run_id}, {run.info.status}, {when} UTC" for run, when in zip(runs, started, strict=True))
+        raise UserError(f"several MLflow runs are called {name!r}; give the id of the one that is meant:{listed}")
+    return runs[0]
+
+
+def _artifacts(client: MlflowClient, run: MlflowRun) -> dict[str, bytes]:
+    """The records among the artifacts of the run."""
+    there = [artifact.path for artifact in client.list_artifacts(run.info.run_id, FOLDER)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {model: f"{FOLDER}/{model}.json" for model in MODELS if f"{FOLDER}/{model}.json" in there}
+        return {model: Path(client.download_artifacts(run.info.run_id, path, folder)).read_bytes() for model, path in paths.items()}
