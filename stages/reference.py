@@ -1,59 +1,109 @@
-"""Measure the real images: features of test and train, and what a perfect generator would score.  Run by `dvc repro`; see dvc.yaml."""
+"""Measure the real images: the instruments, what they see in the test images, and what a perfect and a useless generator would score.
+
+Run by `dvc repro`; see dvc.yaml.  It runs before any training, so that whatever the evaluation needs and cannot have is said here.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rediffuse.data.images import ImageSet, load_images
-from rediffuse.errors import UserError
-from rediffuse.evaluation.classifier import Instrument, load_instrument
-from rediffuse.evaluation.features import Features, save_features
-from rediffuse.evaluation.fidelity import check_enough, fidelity, inception_score
+from rediffuse.data.images import ImageSet, load_images, load_manifest
+from rediffuse.evaluation.anchors import mean_image, pixel_marginals, uniform_noise
+from rediffuse.evaluation.features import save_features
+from rediffuse.evaluation.fidelity import check_enough
+from rediffuse.evaluation.instruments import check_available, make_instrument
+from rediffuse.evaluation.memorisation import Neighbourhood, memorisation, save_neighbourhood
+from rediffuse.evaluation.report import (
+    CEILING,
+    Record,
+    View,
+    accuracy_scores,
+    describe_reference,
+    describe_settings,
+    describe_train,
+    distances_by_class,
+    headline,
+    instrument_record,
+    predicted_classes,
+    published,
+    real_sets,
+    reference_rows,
+)
 from rediffuse.files import write_json
-from rediffuse.params import load_params
+from rediffuse.params import DIMENSIONS, Params, load_params
 from rediffuse.tracking.row import stage_run
+from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
+
+FOLDER = Path("data/reference")
+METRICS, RECORD = Path("metrics/reference.json"), Path("metrics/evaluation/reference.json")
 
 
 def main() -> None:
     params = load_params()
-    instrument = load_instrument(params.reference.instrument)
-    test, train = load_images("data/prepared", "test"), load_images("data/prepared", "train")
-    n = min(len(test), len(train))  # the floor is two sets of real images of the same size
-    check_fit(test, instrument)
-    check_enough(n, instrument.dimension, params.evaluate, "real images")
+    make_deterministic()
+    on, manifest = device(), load_manifest("data/prepared")
+    train, validation, test = (load_images("data/prepared", split) for split in ("train", "validation", "test"))
+    everything = published(train, validation)
+    sets = [everything.take(indices) for indices in real_sets(params.sample.n, len(everything), len(params.sample.seeds))]
+    for name in params.reference.instruments:
+        check_available(name, everything)
+        check_enough(len(test), DIMENSIONS[name], params.evaluate, "test images")
 
     with stage_run("reference", params) as run:
-        real = instrument.measure(test.images, title="test images")
-        other = instrument.measure(train.images[:n], title="train images")
-        floor = fidelity(other, real.take(slice(n)), params.evaluate)
-        save_features(Path("data/reference/features.safetensors"), {"test": real, "train": other})
-        write_json(Path("data/reference/instrument.json"), instrument.record)
-        result = {
-            "n": n,
-            "accuracy": accuracy(real, test),
-            "floor": {name: floor[name] for name in ("fd", "kid", "precision", "recall")},
-            "is_real": inception_score(real, params.evaluate.is_splits),
-            "is_max": len(instrument.classes),
+        record: Record = {
+            "reference": describe_reference(manifest),
+            "train": describe_train(manifest),
+            "n": params.sample.n,
+            "sets": len(sets),
+            "settings": describe_settings(params.evaluate),
+            "instruments": measure(params, everything, sets, test),
+            "memorisation": remember(train, test, params.sample.n),
         }
-        write_json(Path("metrics/reference.json"), {instrument.id: result})
-        run.log_metrics_file(Path("metrics/reference.json"))
+        context = autocast(on, params.precision)
+        if learnt := accuracy_scores(sets, test, params.evaluate, device=on, autocast=context):
+            record["accuracy_score"] = learnt
+        write_json(RECORD, record)
+        scores = {id: part["rows"]["train"] for id, part in record["instruments"].items()}
+        copies = record["memorisation"]["test"]["copies"]
+        write_json(METRICS, headline(params.sample.n, scores, copies, accuracy_score=record.get("accuracy_score")))
+        run.log_results(METRICS, RECORD)
 
 
-def check_fit(test: ImageSet, instrument: Instrument) -> None:
-    """Raise UserError, before any work, unless the instrument was made for this image set."""
-    if test.shape != instrument.shape or test.classes != instrument.classes or test.labels is None:
-        found = f"{list(test.shape)} with the classes {', '.join(test.classes) or 'none'}"
-        raise UserError(
-            f"reference.instrument is {instrument.id}, which measures images {list(instrument.shape)} with the classes"
-            f" {', '.join(instrument.classes)}; data.set has {found}: choose the instrument that belongs to the set (params.yaml)"
-        )
+def measure(params: Params, everything: ImageSet, sets: list[ImageSet], test: ImageSet) -> Record:
+    """The record of each instrument, by its id.  What it sees in the test images is kept beside it, for the evaluations."""
+    n = params.sample.n
+    pictures = {
+        "mean_image": mean_image(everything.images, n),
+        "pixel_marginals": pixel_marginals(everything.images, n),
+        CEILING: uniform_noise(everything.shape, n),
+    }
+    views, records, on = [], {}, device()
+    for name in params.reference.instruments:
+        instrument = make_instrument(name, everything, FOLDER / name, device=on, autocast=autocast(on, params.precision))
+        real = instrument.measure(test.images, title=f"{name}, test images")
+        save_features(FOLDER / name / "features.safetensors", {"test": real})
+        view = View(instrument, real, [instrument.measure(real.images, title=f"{name}, training images") for real in sets])
+        anchors = {title: instrument.measure(images, title=f"{name}, {title}") for title, images in pictures.items()}
+        records[instrument.id] = instrument_record(view) | {"rows": reference_rows(view, anchors, params.evaluate), "classes": {}}
+        views.append(view)
+    classes = {"predicted": predicted_classes(views)}
+    if test.labels is not None:
+        labels = np.concatenate([real.labels for real in sets if real.labels is not None])
+        classes["label"] = torch.from_numpy(labels), torch.tensor(test.labels)
+    for by, pair in classes.items():
+        for id, distances in distances_by_class(views, *pair, test.classes).items() if pair else ():
+            records[id]["classes"][by] = distances
+    return records
 
 
-def accuracy(features: Features, images: ImageSet) -> float:
-    """Share of the images whose class the instrument names."""
-    return float((features.logits.argmax(1) == torch.from_numpy(np.array(images.labels))).double().mean())
+def remember(train: ImageSet, test: ImageSet, n: int) -> Record:
+    """How near unseen real images lie to the training images, and what becomes of training images that pose as generated."""
+    unseen = Neighbourhood.of(test.images, train.images, title="test images")
+    save_neighbourhood(FOLDER / "test-neighbours.safetensors", unseen)
+    memoriser = Neighbourhood.of(train.images[:n], train.images, title="training images")
+    return {"test": memorisation(unseen, unseen), "train": memorisation(memoriser, unseen)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw new images from a trained model: `python -m stages.sample vae|ddpm`.  Run by `dvc repro`; see dvc.yaml.
+"""Draw sets of new images from a trained model: `python -m stages.sample vae|ddpm`.  Run by `dvc repro`; see dvc.yaml.
 
 What one model needs is imported by its function only, so that a change in the other's code does not run this stage again.
 """
@@ -6,15 +6,17 @@ What one model needs is imported by its function only, so that a change in the o
 import argparse
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rediffuse.data.pixels import ROUNDING
 from rediffuse.figures.grid import annotate, class_rows, grid, save_png, strip
-from rediffuse.files import replace_file
-from rediffuse.params import Params, load_params
-from rediffuse.shards import SHARD, draw, shard_generator
+from rediffuse.files import replace_file, write_json
+from rediffuse.params import Params, Sample, load_params
+from rediffuse.shards import SHARD, DrawShard, draw, shard_generator
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import load_model
 from rediffuse.training.hardware import autocast, device, make_deterministic
@@ -31,15 +33,27 @@ def main() -> None:
     params = load_params()
     make_deterministic()
     with stage_run(f"sample@{model}", params) as run, torch.inference_mode():
-        samples = {"vae": draw_vae, "ddpm": draw_ddpm}[model](params, plots := Path(f"metrics/plots/sample_{model}"))
-        save_npz(Path(f"data/samples/{model}.npz"), samples)
-        run.log_images_folder(plots)
+        folder, plots = Path(f"data/samples/{model}"), Path(f"metrics/plots/sample_{model}")
+        settings = {"vae": draw_vae, "ddpm": draw_ddpm}[model](params, folder, plots)
+        about = {"n": params.sample.n, "seeds": params.sample.seeds, **settings, "rounding": ROUNDING}
+        write_json(folder / "sampling.json", about)
+        run.log_results(plots)
 
 
-def draw_vae(params: Params, plots: Path) -> dict[str, np.ndarray]:
-    """Decode latents from the prior; each image is the mean of p(x|z)."""
+def draw_sets(draw_shard: DrawShard, sample: Sample, classes: int, folder: Path) -> dict[str, np.ndarray]:
+    """Draw and save the set of each seed, with labels 0, 1, 2, ... in turn where there are classes; the first set is returned."""
+    for seed in reversed(sample.seeds):
+        arrays = {"images": draw(sample.n, draw_shard, seed=seed, title=f"sample {folder.name}, seed {seed}").numpy()}
+        if classes:
+            arrays["labels"] = np.arange(sample.n, dtype=np.int64) % classes
+        save_npz(folder / f"{seed}.npz", arrays)
+    return arrays
+
+
+def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
+    """Decode latents from the prior, and those of test images; each image is the mean of p(x|z).  Returns the settings."""
     from rediffuse.data.images import load_images
-    from rediffuse.data.pixels import from_unit
+    from rediffuse.data.pixels import from_unit, to_unit
     from rediffuse.vae.model import VAE
     from rediffuse.vae.prior import gaussian_mixture, posterior_means, standard_normal
 
@@ -47,20 +61,29 @@ def draw_vae(params: Params, plots: Path) -> dict[str, np.ndarray]:
     prior = standard_normal(vae.latent_dim)
     if settings.prior == "mixture":
         train = torch.tensor(load_images("data/prepared", "train").images, device=device())
-        prior = gaussian_mixture(posterior_means(vae, train).numpy(), components=settings.components, seed=params.seed)
+        means = posterior_means(vae, train).numpy()
+        prior = gaussian_mixture(means, components=settings.components, seed=params.sample.seeds[0])
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         z = prior(len(indices), generator).to(device())
         with autocast(device(), params.precision):
             return from_unit(vae.decode(z))
 
-    images = draw(params.sample.n, draw_shard, seed=params.seed, title="sample vae").numpy()
-    save_png(grid(images[: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
-    return {"images": images}
+    def reconstruct_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
+        images = torch.from_numpy(test.take(indices.numpy() % len(test)).images).to(device())
+        with autocast(device(), params.precision):
+            return from_unit(vae.decode(vae.encode(to_unit(images))[0]))
+
+    first = draw_sets(draw_shard, params.sample, 0, folder)
+    save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
+    test = load_images("data/prepared", "test")
+    n = min(params.sample.n, len(test))
+    save_npz(folder / "reconstructions.npz", {"images": draw(n, reconstruct_shard, seed=0, title="reconstruct test images").numpy()})
+    return {"ema_half_life": params.vae.training.ema_half_life} | settings.model_dump()
 
 
-def draw_ddpm(params: Params, plots: Path) -> dict[str, np.ndarray]:
-    """Denoise Gaussian noise, label after label in turn where the model has labels."""
+def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
+    """Denoise Gaussian noise, label after label in turn where the model has labels.  Returns the settings."""
     from rediffuse.data.pixels import from_signed
     from rediffuse.diffusion.denoiser import Denoiser
     from rediffuse.diffusion.samplers import SAMPLERS, Observe
@@ -68,20 +91,17 @@ def draw_ddpm(params: Params, plots: Path) -> dict[str, np.ndarray]:
     denoiser, settings = load_model(Denoiser, Path("data/models/ddpm"), device()), params.sample.ddpm
     denoise = denoiser.denoise(guidance_scale=settings.guidance_scale)
 
-    def labels_of(indices: Tensor) -> Tensor | None:
-        return indices % denoiser.classes if denoiser.classes else None
-
     def draw_shard(indices: Tensor, generator: torch.Generator, observe: Observe | None = None) -> Tensor:
         def noise() -> Tensor:
             return torch.randn(len(indices), *denoiser.shape, generator=generator).to(device())
 
-        labels = labels_of(indices)
+        labels = (indices % denoiser.classes).to(device()) if denoiser.classes else None
         with autocast(device(), params.precision):
             x_0 = SAMPLERS[settings.sampler](
                 denoise,
                 denoiser.schedule,
                 noise(),
-                None if labels is None else labels.to(device()),
+                labels,
                 steps=settings.steps,
                 eta=settings.eta,
                 noise=noise,
@@ -89,21 +109,19 @@ def draw_ddpm(params: Params, plots: Path) -> dict[str, np.ndarray]:
             )
         return from_signed(x_0)
 
-    images = draw(params.sample.n, draw_shard, seed=params.seed, title="sample ddpm")
+    first = draw_sets(draw_shard, params.sample, denoiser.classes, folder)
+    names = [name.strip() for name in denoiser.class_names]
+    if names:
+        save_png(annotate(class_rows(first["images"], first["labels"], len(names), COLUMNS), names), plots / "samples.png")
+    else:
+        save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
     seen: list[tuple[int, Tensor]] = []
-    last = draw_shard(torch.arange(SHARD), shard_generator(params.seed, 0), lambda t, x_t, _: seen.append((t, x_t)))
+    last = draw_shard(torch.arange(SHARD), shard_generator(params.sample.seeds[0], 0), lambda t, x_t, _: seen.append((t, x_t)))
     shown = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, STAGES_SHOWN).astype(int))]
     columns = [*(from_signed(x_t)[:COLUMNS].cpu() for _, x_t in shown), last[:COLUMNS].cpu()]
-    names = [name.strip() for name in denoiser.class_names]
     denoising = strip(torch.stack(columns, 1).numpy())
     save_png(annotate(denoising, names[:COLUMNS], [*(f"t={t}" for t, _ in shown), "t=0"]), plots / "denoising.png")
-    labels = labels_of(torch.arange(len(images)))
-    if labels is None:
-        save_png(grid(images[: COLUMNS**2].numpy(), COLUMNS, scale=2), plots / "samples.png")
-        return {"images": images.numpy()}
-    rows = class_rows(images.numpy(), labels.numpy(), denoiser.classes, COLUMNS)
-    save_png(annotate(rows, names), plots / "samples.png")
-    return {"images": images.numpy(), "labels": labels.numpy()}
+    return {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
 
 
 def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,7 +1,11 @@
 """Pictures: every pixel where it should be, the same bytes each time."""
 
+import copy
+import functools
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +13,8 @@ from PIL import Image
 from rediffuse.figures.curves import read_curves, write_curves
 from rediffuse.figures.grid import annotate, class_rows, grid, reconstructions, save_png, strip
 from rediffuse.figures.latent import latent_map, principal_components, prior_lattice
+from rediffuse.figures.pairs import CELL, GAP, Neighbours, pairs
+from rediffuse.figures.scores import GREY, MODEL, REAL, USELESS, class_chart, score_chart
 
 
 def flat(*values: int, channels: int = 1, size: int = 1) -> np.ndarray:
@@ -143,3 +149,228 @@ def test_curves_without_rows_still_have_their_first_column(tmp_path: Path) -> No
     assert (tmp_path / "curves.csv").read_text() == "images\n"
     with pytest.raises(ValueError, match="whole number"):
         write_curves(tmp_path / "curves.csv", [{"images": 0.5}])
+
+
+def neighbours(*shades: int, channels: int = 1, size: int = 28) -> Neighbours:
+    """Each image of one shade, its nearest neighbour one shade lighter and the second nearest two."""
+    images = flat(*shades, channels=channels, size=size)
+    return Neighbours(images, images + np.uint8(1), images + np.uint8(2), np.linspace(0, 1, len(shades)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_show_each_image_above_its_nearest_and_second_nearest(channels: int) -> None:
+    blocks = {"generated": neighbours(10, 20, 30, channels=channels), "real test": neighbours(110, 120, 130, channels=channels)}
+    picture = pairs(blocks)
+    assert picture.dtype == np.uint8 and picture.shape[2] == channels
+    cell, lower = CELL + 2, (len(picture) - GAP) // 2 + GAP
+    left = picture.shape[1] - (3 * cell + 2)
+    for start, first in ((0, 10), (lower, 110)):
+        for row in range(3):
+            for column in range(3):
+                y, x = start + 2 + row * cell, left + 2 + column * cell
+                assert (picture[y : y + CELL, x : x + CELL] == first + 10 * column + row).all()
+        below = picture[start + 3 * cell + 2 : start + len(picture) - lower]
+        for column in range(3):  # the ratio
+            assert below[:, left + column * cell : left + (column + 1) * cell].min() < 100
+        assert below[:, :left].min() < 100 and picture[start : start + 3 * cell, :left].min() < 100  # the names
+    assert (picture == pairs(blocks)).all()
+
+
+def test_pairs_show_names_and_ratios() -> None:
+    block = neighbours(10, 20, 30)
+    picture = pairs({"generated": block})
+    assert (picture != pairs({"regenerate": block})).any()
+    other = Neighbours(block.images, block.nearest, block.second, block.ratio * 0.9)
+    assert (picture != pairs({"generated": other})).any()
+
+
+def test_columns_of_all_blocks_stand_below_each_other() -> None:
+    picture = pairs({"a": neighbours(10, 20), "a block with a very long name": neighbours(10, 20)})
+    last = picture[:, -CELL - 2 : -2, 0]
+    assert ((last == 20).sum(axis=0) == 2 * CELL).all()
+
+
+def test_neighbours_are_taken_by_their_indices() -> None:
+    images, train = flat(1, 2, 3), flat(*range(100, 110))
+    index = np.array([[0, 1], [2, 3], [4, 5]])
+    found = Neighbours.of(images, train, index, np.array([0.1, 0.2, 0.3]), rows=np.array([2, 0]))
+    assert found.images.ravel().tolist() == [3, 1]
+    assert found.nearest.ravel().tolist() == [104, 100] and found.second.ravel().tolist() == [105, 101]
+    assert found.ratio.tolist() == [0.3, 0.1]
+
+
+def test_neighbours_must_be_as_many_as_images() -> None:
+    one, two = flat(1), flat(1, 2)
+    for parts in ((two, one, two, np.ones(2)), (two, two, two, np.ones(3)), (one[:0], one[:0], one[:0], np.ones(0))):
+        with pytest.raises(ValueError, match="as many neighbours"):
+            Neighbours(*parts)
+
+
+def several(*values: float) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "min": min(values), "max": max(values), "values": list(values)}
+
+
+SHARES = {name: several(0.7, 0.72, 0.75) for name in ("precision", "recall", "density", "coverage")}
+CLASSES = {"boot": {"fd": 3.0, "n": 700}, "bag": {"fd": 0.5, "n": 700}, "shirt": {"n": 12}}
+
+
+def records(distance: str = "fd", names: tuple[str, ...] = ("cnn", "random")) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of a model and of the reference, with these instruments."""
+    part = {
+        "instrument": {"id": "cnn", "dimension": 64},
+        "expected_bias": 0.05,
+        "is_max": 10,
+        "scores": {distance: several(1.5, 1.7, 2.2), "is": several(7.1, 7.2), **SHARES},
+        "classes": {"by": "label", "fd": CLASSES},
+    }
+    rows = {
+        "train": {distance: several(0.07, 0.08), "is": several(8.4, 8.5), **SHARES},
+        "test": {"is": several(8.3)},
+        "test_halves": {distance: 0.06, "n": 5000},
+        "mean_image": {distance: 50.0},
+        "pixel_marginals": {distance: 60.0},
+        "noise": {distance: 200.0},
+    }
+    classes = {"label": {"boot": {"fd": 0.2, "n": 700}, "bag": {"fd": 0.2, "n": 700}, "shirt": {"n": 9}}}
+    record = {
+        "model": "ddpm",
+        "sampling": {"n": 5000, "seeds": [1, 2, 3]},
+        "reference": {"set": "fashion-mnist", "split": "test", "n": 10_000},
+        "instruments": {name: copy.deepcopy(part) for name in names},
+    }
+    return record, {"instruments": {name: copy.deepcopy({"rows": rows, "classes": classes}) for name in names}}
+
+
+def count(picture: np.ndarray, colour: str) -> int:
+    """Pixels of exactly this colour."""
+    return int((picture == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2).sum())
+
+
+@pytest.mark.parametrize("chart", [score_chart, class_chart])
+def test_charts_are_the_same_each_time_whatever_matplotlib_is_told(chart: Any) -> None:
+    record, reference = records()
+    first = chart(record, reference)
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "text.color": "blue", "figure.dpi": 50}):
+        assert (first == chart(*records())).all()
+    assert first.dtype == np.uint8 and first.shape[2] == 3
+    assert (record, reference) == records()  # left as they were
+
+
+def test_score_chart_has_a_band_for_each_instrument() -> None:
+    one, two = score_chart(*records(names=("cnn",))), score_chart(*records(names=("cnn", "random")))
+    assert one.shape == (430, 1500, 3) and two.shape == (770, 1500, 3)
+    for picture in (one, two[: len(two) // 2], two[len(two) // 2 :]):
+        assert count(picture, MODEL) > 200 and count(picture, REAL) > 200 and count(picture, USELESS) > 50
+
+
+def changed(path: tuple[str, ...], value: Any, *, of_reference: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of one instrument with a single value replaced."""
+    pair = records(names=("cnn",))
+    node = pair[of_reference]
+    for key in path[:-1]:
+        node = node[key]
+    assert path[-1] in node
+    node[path[-1]] = value
+    return pair
+
+
+@functools.cache
+def unchanged(chart: Any) -> np.ndarray:
+    return chart(*records(names=("cnn",)))
+
+
+IN_MODEL, IN_ROWS = ("instruments", "cnn"), ("instruments", "cnn", "rows")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        changed(("model",), "vae"),
+        changed(("sampling", "n"), 6000),
+        changed(("reference", "n"), 9000),
+        changed((*IN_MODEL, "expected_bias"), 0.02),
+        changed((*IN_MODEL, "is_max"), 12),
+        changed((*IN_MODEL, "instrument", "dimension"), 65),
+        *(changed((*IN_MODEL, "scores", name), several(0.6, 0.8)) for name in ("fd", "is", *SHARES)),
+        changed((*IN_MODEL, "scores", "recall", "min"), 0.5),
+        changed((*IN_MODEL, "scores", "fd", "max"), 9.0),
+        *(changed((*IN_ROWS, "train", name), several(0.9), of_reference=True) for name in ("fd", *SHARES)),
+        *(changed((*IN_ROWS, row, "fd"), 30.0, of_reference=True) for row in ("noise", "pixel_marginals", "mean_image", "test_halves")),
+        changed((*IN_ROWS, "test", "is"), several(9.0), of_reference=True),
+        records(names=("other",)),
+        records("fid", names=("cnn",)),
+    ],
+)
+def test_score_chart_shows_every_number_and_name(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    assert (score_chart(*pair) != unchanged(score_chart)).any()
+
+
+def test_score_chart_shows_reconstructions_where_there_are_some() -> None:
+    record, reference = records(names=("cnn",))
+    before = score_chart(record, reference)
+    record["instruments"]["cnn"]["reconstructions"] = {"fd": 4.0}
+    assert count(score_chart(record, reference), MODEL) > count(before, MODEL)
+
+
+def test_score_chart_does_without_inception_score_classes_and_reference_rows() -> None:
+    record, reference = records(names=("cnn",))
+    for name in ("is_max", "classes"):
+        del record["instruments"]["cnn"][name]
+    del record["instruments"]["cnn"]["scores"]["is"]
+    assert count(score_chart(record, reference), MODEL) > 200
+    bare = score_chart(record, {"instruments": {}})
+    assert count(bare, MODEL) > 200 and count(bare, USELESS) == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_distances_of_zero_and_below_are_drawn_at_the_left_end() -> None:
+    record, reference = records(names=("cnn",))
+    record["instruments"]["cnn"]["scores"]["fd"] = several(-1e-9, 0.0, 1e-10)
+    record["instruments"]["cnn"]["classes"]["fd"] = {"boot": {"fd": 0.0, "n": 700}}
+    assert count(score_chart(record, reference), MODEL) > 200
+    assert count(class_chart(record, reference), MODEL) > 50
+
+
+def test_class_chart_has_a_panel_for_each_instrument_and_a_row_for_each_class() -> None:
+    record, reference = records()
+    picture = class_chart(record, reference)
+    assert picture.shape == (276, 1350, 3)
+    for panel in (picture[:, :700], picture[:, 700:]):
+        assert count(panel, MODEL) > 50 and count(panel, REAL) > 30
+    record["instruments"]["cnn"]["classes"]["fd"] = {**CLASSES, **{f"class {i}": {"fd": 1.0 + i, "n": 700} for i in range(7)}}
+    assert class_chart(record, reference).shape == (500, 1350, 3)
+
+
+def test_classes_with_too_few_images_are_grey() -> None:
+    record, reference = records(names=("cnn",))
+    few = class_chart(record, reference)
+    record["instruments"]["cnn"]["classes"]["fd"] = {**CLASSES, "shirt": {"fd": 1.0, "n": 700}}
+    enough = class_chart(record, reference)
+    names = slice(0, 45)  # the third of the three names on the left
+    assert (few[:, names] != enough[:, names]).any(axis=(1, 2)).sum() > 5
+    assert few[150:190, names].min() > enough[150:190, names].min() + 100 and (few[:150, names] == enough[:150, names]).all()
+    assert count(few, GREY) > count(enough, GREY)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        changed(("model",), "vae"),
+        changed((*IN_MODEL, "classes", "by"), "predicted"),
+        changed((*IN_MODEL, "classes", "fd", "boot"), {"fd": 3.1, "n": 700}),
+        changed((*IN_MODEL, "classes", "fd", "shirt"), {"n": 13}),
+        changed((*IN_MODEL, "classes", "fd"), {("heel" if name == "boot" else name): value for name, value in CLASSES.items()}),
+        changed(("instruments", "cnn", "classes", "label", "bag"), {"fd": 0.25, "n": 700}, of_reference=True),
+        records(names=("other",)),
+        records("fid", names=("cnn",)),
+    ],
+)
+def test_class_chart_shows_every_number_and_name(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    assert (class_chart(*pair) != unchanged(class_chart)).any()
+
+
+def test_class_chart_without_classes_says_so() -> None:
+    record, reference = records(names=("cnn",))
+    del record["instruments"]["cnn"]["classes"]
+    picture = class_chart(record, reference)
+    assert picture.shape[1] == 800 and picture.min() < 200 and count(picture, MODEL) == 0

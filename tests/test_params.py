@@ -74,6 +74,8 @@ def test_flatten_gives_every_leaf_as_dvc_names_it(raw: dict[str, Any]) -> None:
         ({"vae.channels": [32, "many"]}, "vae.channels.1 must be an integer at least 1 and at most 2048, got 'many' (params.yaml)"),
         ({"vae.channels": [32, 0]}, "vae.channels.1 must be an integer at least 1 and at most 2048, got 0 (params.yaml)"),
         ({"ddpm": 5}, "ddpm must be a group with T, schedule, "),
+        ({"sample.seeds": []}, "sample.seeds must be a list at least 1 long and at most 100 long, each an integer "),
+        ({"reference.instruments": ["fid"]}, "reference.instruments.0 must be one of fashion-mnist-cnn-v1, classifier, "),
         ({"seed": -1}, "seed must be an integer at least 0 and below 4294967296, got -1 (params.yaml)"),
     ],
     ids=str,
@@ -146,6 +148,13 @@ def test_unknown_parameter_is_named_with_the_known_ones(raw: dict[str, Any], tmp
         (
             {"sample.n": 5, "evaluate.kid_subset_size": 5, "evaluate.is_splits": 1, "evaluate.neighbours": 5},
             ["at least 6", "evaluate.neighbours"],
+        ),
+        ({"sample.n": 1000, "evaluate.density_neighbours": 100, "sample.seeds": [1, 1]}, ["sample.seeds must differ", "1, 1"]),
+        ({"reference.instruments": ["classifier", "classifier"]}, ["reference.instruments must differ", "classifier, classifier"]),
+        ({"sample.n": 4000, "reference.instruments": ["inception-v3"]}, ["sample.n (4000)", "at least 4096", "inception-v3"]),
+        (
+            {"sample.n": 127, "evaluate.kid_subset_size": 100, "reference.instruments": ["pixel-pca-v1"]},
+            ["sample.n (127)", "at least 128", "pixel-pca-v1 in reference.instruments"],
         ),
         ({"ddpm.training.lr_warmup": 10**9}, ["ddpm.training", "lr_warmup (1000000000)"]),
     ],

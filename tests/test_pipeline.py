@@ -1,5 +1,6 @@
 """The pipeline as a user runs it: a fresh checkout, real Fashion-MNIST, real DVC and MLflow; only the models are tiny."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,12 +13,29 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+INSTRUMENT = "fashion-mnist-cnn-v1"
 STAGES = ["prepare", "reference", "train_vae", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
 TINY = {
     "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
     "ddpm": {"width": 8, "T": 50},
-    "sample": {"n": 256},
-    "evaluate": {"kid_subsets": 10, "kid_subset_size": 64},
+    "data": {"validation": 30000},  # fewer training images to compare each sample with
+    "sample": {"n": 256, "seeds": [1, 2]},
+    "evaluate": {"kid_subsets": 10, "kid_subset_size": 64, "accuracy_images": 2000},
+}
+PICTURES = {  # in a row of MLflow, by key
+    "ddpm~noising",
+    "ddpm~denoising",
+    "ddpm~samples",
+    "ddpm~scores",
+    "ddpm~classes",
+    "ddpm~neighbours",
+    "vae~samples",
+    "vae~latent",
+    "vae~interpolation",
+    "vae~reconstructions",
+    "vae~scores",
+    "vae~classes",
+    "vae~neighbours",
 }
 SHORT = {"images": 2560, "batch": 64, "lr_warmup": 640, "log_every": 640, "validate_every": 1280, "checkpoint_every": 640}
 
@@ -80,28 +98,60 @@ def numbers(checkout):
     return {path.name: json.loads(path.read_text()) for path in sorted((checkout / "metrics").glob("*.json"))}
 
 
+def pictures(client, row):
+    """The keys of the row's pictures."""
+    return {Path(artifact.path).name.split("+")[0] for artifact in client.list_artifacts(row.info.run_id, "images")}
+
+
+def restore(checkout):
+    """Back to the committed state, and from there to that of the experiment."""
+    run(checkout, "git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics")
+    run(checkout, "dvc", "checkout")
+    run(checkout, "dvc", "exp", "apply", "longer")
+
+
 def test_results_are_complete_and_plausible(checkout):
     found = numbers(checkout)
     assert list(found) == ["ddpm.json", "reference.json", "train_ddpm.json", "train_vae.json", "vae.json"]
-    floor = found["reference.json"]["fashion-mnist-cnn-v1"]["floor"]["fd"]
+    floor = found["reference.json"][INSTRUMENT]["fd"]
     for model in ("vae", "ddpm"):
-        score = found[f"{model}.json"]["fashion-mnist-cnn-v1"]
+        score = found[f"{model}.json"][INSTRUMENT]
         assert score["fd"] > floor  # models this small are far from the data
-        assert 1 <= score["is"] <= score["is_max"] == 10
-        samples = np.load(checkout / f"data/samples/{model}.npz")
-        assert samples["images"].shape == (256, 1, 28, 28)
-        assert samples["images"].dtype == np.uint8
-    assert sorted(np.load(checkout / "data/samples/ddpm.npz")) == ["images", "labels"]
-    pictures = sorted(str(path.relative_to(checkout / "metrics/plots")) for path in (checkout / "metrics/plots").rglob("*.png"))
-    assert pictures == [
-        "sample_ddpm/denoising.png",
-        "sample_ddpm/samples.png",
-        "sample_vae/samples.png",
-        "train_ddpm/images/noising.png",
-        "train_vae/images/interpolation.png",
-        "train_vae/images/latent.png",
-        "train_vae/images/reconstructions.png",
-    ]
+        assert 1 <= score["is"] <= 10
+        sets = [np.load(checkout / f"data/samples/{model}/{seed}.npz") for seed in (1, 2)]
+        assert {part["images"].shape for part in sets} == {(256, 1, 28, 28)}
+        assert not (sets[0]["images"] == sets[1]["images"]).all()
+    assert sorted(sets[0]) == ["images", "labels"]
+    assert len(list((checkout / "metrics/plots").rglob("*.png"))) == len(PICTURES)
+
+
+def test_full_records_say_what_a_comparison_must_know(checkout):
+    """Instrument and hash, N, reference and hash, rounding, sampler, seeds, and the rows between floor and ceiling."""
+    reference, vae, ddpm = (json.loads((checkout / f"metrics/evaluation/{name}.json").read_text()) for name in ("reference", "vae", "ddpm"))
+    manifest = json.loads((checkout / "data/prepared/manifest.json").read_text())
+    weights = (checkout / f"src/rediffuse/evaluation/weights/{INSTRUMENT}.safetensors").read_bytes()
+    for record in (vae, ddpm):
+        assert record["sampling"]["n"] == 256 and record["sampling"]["seeds"] == [1, 2] and record["sampling"]["rounding"]
+        assert record["reference"]["sha256"] == manifest["splits"]["test"]["sha256"]["images"]
+        assert record["settings"] == reference["settings"]
+        part = record["instruments"][INSTRUMENT]
+        assert part["instrument"]["sha256"] == hashlib.sha256(weights).hexdigest()
+        assert len(part["scores"]["fd"]["values"]) == 2
+        assert len(record["instruments"]) == 2
+    assert ddpm["sampling"]["sampler"] == "dpm-solver++" and ddpm["sampling"]["steps"] == 5 and ddpm["sampling"]["ema_half_life"]
+    assert ddpm["instruments"][INSTRUMENT]["classes"]["by"] == "label" and vae["instruments"][INSTRUMENT]["classes"]["by"] == "predicted"
+    assert {"accuracy_score", "label_accuracy"} <= set(ddpm) and "accuracy_score" not in vae
+    assert "reconstructions" in vae["instruments"][INSTRUMENT]
+    for part in reference["instruments"].values():
+        fd = {name: row["fd"] if name != "train" else row["fd"]["mean"] for name, row in part["rows"].items() if "fd" in row}
+        assert fd["train"] < fd["pixel_marginals"] and fd["train"] < fd["noise"] and fd["train"] < fd["mean_image"]
+    assert reference["memorisation"]["train"]["duplicates"] == 1  # the training set posing as a generator: a perfect distance, and caught
+    assert reference["memorisation"]["train"]["authentic"] == 0
+
+
+def test_two_models_are_compared(checkout):
+    done = run(checkout, "rediffuse", "compare", "workspace:vae", "workspace:ddpm")
+    assert "fd" in done.stdout and INSTRUMENT in done.stdout
 
 
 def test_a_second_repro_runs_nothing_and_status_is_clean(checkout):
@@ -117,12 +167,12 @@ def test_repro_leaves_one_row_with_parameters_metrics_curves_and_pictures(checko
     assert row.info.status == "FINISHED"
     assert row.data.params["ddpm.T"] == "50"
     for model in ("vae", "ddpm"):
-        fd = numbers(checkout)[f"{model}.json"]["fashion-mnist-cnn-v1"]["fd"]
-        assert row.data.metrics[f"{model}/fashion-mnist-cnn-v1/fd"] == fd
+        fd = numbers(checkout)[f"{model}.json"][INSTRUMENT]["fd"]
+        assert row.data.metrics[f"{model}/{INSTRUMENT}/fd"] == fd
     assert [point.step for point in client.get_metric_history(row.info.run_id, "ddpm/loss")] == [640, 1280, 1920, 2560]
-    images = {Path(artifact.path).name.split("+")[0] for artifact in client.list_artifacts(row.info.run_id, "images")}
-    expected = {"ddpm~noising", "ddpm~denoising", "ddpm~samples", "vae~samples", "vae~latent", "vae~interpolation", "vae~reconstructions"}
-    assert images == expected
+    assert pictures(client, row) == PICTURES
+    records = {Path(file.path).name for file in client.list_artifacts(row.info.run_id, "metrics/evaluation")}
+    assert records == {"reference.json", "vae.json", "ddpm.json"}
 
 
 def test_a_forced_repro_without_tracking_gives_the_same_lock_byte_for_byte(checkout):
@@ -164,13 +214,9 @@ def test_the_row_of_an_experiment_is_complete_though_most_stages_were_cached(che
     assert row.data.params["ddpm.training.lr"] == "1e-05"
     names = {name for name in base.data.metrics if not name.startswith("seconds/")}
     assert names == {name for name in row.data.metrics if not name.startswith("seconds/")}
-    assert row.data.metrics["vae/fashion-mnist-cnn-v1/fd"] == base.data.metrics["vae/fashion-mnist-cnn-v1/fd"]
-    assert row.data.metrics["ddpm/fashion-mnist-cnn-v1/fd"] == numbers(checkout)["ddpm.json"]["fashion-mnist-cnn-v1"]["fd"]
-    images = {
-        run_: {Path(a.path).name.split("+")[0] for a in client.list_artifacts(run_, "images")}
-        for run_ in (row.info.run_id, base.info.run_id)
-    }
-    assert images[row.info.run_id] == images[base.info.run_id]
+    assert row.data.metrics[f"vae/{INSTRUMENT}/fd"] == base.data.metrics[f"vae/{INSTRUMENT}/fd"]
+    assert row.data.metrics[f"ddpm/{INSTRUMENT}/fd"] == numbers(checkout)["ddpm.json"][INSTRUMENT]["fd"]
+    assert pictures(client, row) == PICTURES
 
 
 @pytest.mark.parametrize(
@@ -191,13 +237,9 @@ def test_a_wrong_parameter_is_named(checkout, experiment, override, message):
 
 
 def test_a_failed_experiment_loses_nothing(checkout, experiment):
-    run(checkout, "git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics")
-    run(checkout, "dvc", "checkout")
-    run(checkout, "dvc", "exp", "apply", "longer")
+    restore(checkout)
     model = checkout / "data/models/ddpm/model.safetensors"
     before = model.read_bytes()
     assert run(checkout, "dvc", "exp", "run", "-S", "ddpm.T=1", check=False).returncode != 0
-    run(checkout, "git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics")
-    run(checkout, "dvc", "checkout")
-    run(checkout, "dvc", "exp", "apply", "longer")
+    restore(checkout)
     assert model.read_bytes() == before

@@ -40,10 +40,23 @@ class Data(Group):
     validation: Annotated[int, Field(ge=1, le=30_000)]
 
 
-class Reference(Group):
-    """The instrument that turns images into features."""
+Instrument = Literal["fashion-mnist-cnn-v1", "classifier", "random-conv-v1", "pixel-pca-v1", "inception-v3", "efficientnet-lite0"]
 
-    instrument: Literal["fashion-mnist-cnn-v1"]
+# Of the features.  Known here so that too few images are refused before hours of training, not after.
+DIMENSIONS: dict[str, int] = {
+    "fashion-mnist-cnn-v1": 64,
+    "classifier": 64,
+    "random-conv-v1": 64,
+    "pixel-pca-v1": 64,
+    "inception-v3": 2048,
+    "efficientnet-lite0": 1280,
+}
+
+
+class Reference(Group):
+    """The instruments that turn images into features; the first one's numbers are the headline."""
+
+    instruments: Annotated[list[Instrument], Field(min_length=1)]
 
 
 class Training(Group):
@@ -120,9 +133,10 @@ class SampleDDPM(Group):
 
 
 class Sample(Group):
-    """How many images are drawn from each model, and how."""
+    """How many images are drawn from each model, and how: an independent set of `n` for each of the seeds."""
 
     n: Annotated[int, Field(ge=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=100)]
     vae: SampleVAE
     ddpm: SampleDDPM
 
@@ -134,6 +148,8 @@ class Evaluate(Group):
     kid_subsets: Annotated[int, Field(ge=1, le=10_000)]
     kid_subset_size: Annotated[int, Field(ge=2, le=10_000)]
     neighbours: Annotated[int, Field(ge=1, le=100)]
+    density_neighbours: Annotated[int, Field(ge=1, le=100)]
+    accuracy_images: Annotated[int, Field(ge=0)]
 
 
 class Params(Group):
@@ -159,11 +175,21 @@ class Params(Group):
                 f"sample.ddpm.guidance_scale ({self.sample.ddpm.guidance_scale}) other than 1 needs a model trained with and without"
                 " labels: set ddpm.conditional to true and ddpm.label_drop above 0"
             )
+        for name, values in (("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
         evaluate = self.evaluate
-        least = {"is_splits": evaluate.is_splits, "kid_subset_size": evaluate.kid_subset_size, "neighbours": evaluate.neighbours + 1}
+        least = {
+            "evaluate.is_splits": evaluate.is_splits,
+            "evaluate.kid_subset_size": evaluate.kid_subset_size,
+            "evaluate.neighbours": evaluate.neighbours + 1,
+            "evaluate.density_neighbours": evaluate.density_neighbours + 1,
+        }
+        # With fewer images than dimensions the covariance is singular, and the distance mostly its own bias.
+        least |= {f"{name} in reference.instruments": 2 * DIMENSIONS[name] for name in self.reference.instruments}
         for name, n in least.items():
             if self.sample.n < n:
-                raise ValueError(f"sample.n ({self.sample.n}) must be at least {n} for evaluate.{name}: raise the one or lower the other")
+                raise ValueError(f"sample.n ({self.sample.n}) must be at least {n} for {name}: raise the one or change the other")
         return self
 
 
@@ -229,8 +255,7 @@ def _allowed(loc: tuple[int | str, ...]) -> str:
     field = _model_at(tuple(groups[:-1])).model_fields[groups[-1]]
     annotation, metadata = field.annotation, list(field.metadata)
     if any(isinstance(part, int) for part in loc):  # an item of a list
-        annotation, *metadata = get_args(get_args(annotation)[0])
-        metadata = [item for part in metadata for item in getattr(part, "metadata", [part])]
+        annotation, metadata = get_args(annotation)[0], []
     return _words(annotation, metadata)
 
 

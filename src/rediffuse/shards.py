@@ -17,17 +17,17 @@ from rediffuse.training.hardware import seed_for
 SHARD = 64
 SAMPLING = 4  # the stream of random numbers, beside those of training
 
+# Takes the indices of the shard's images, int64 (64,), and its generator; returns uint8 (64, C, H, W).
+DrawShard = Callable[[Tensor, torch.Generator], Tensor]
+
 
 def shard_generator(seed: int, shard: int) -> torch.Generator:
     """The CPU generator of one shard."""
     return torch.Generator().manual_seed(seed_for(seed, SAMPLING, shard))
 
 
-def draw(n: int, draw_shard: Callable[[Tensor, torch.Generator], Tensor], *, seed: int, title: str) -> Tensor:
-    """The first n images, uint8 (n, C, H, W) on the CPU.
-
-    draw_shard: takes the indices of the shard's images, int64 (64,), and its generator; returns uint8 (64, C, H, W).
-    """
+def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
+    """The first n images, uint8 (n, C, H, W) on the CPU."""
     shards = []
     with tqdm(total=n, unit="img", desc=title, mininterval=1.0) as bar:
         for shard in range(-(-n // SHARD)):

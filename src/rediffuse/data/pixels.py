@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDING = "pixels clamped to the range and rounded to the nearest of 256 levels, in uint8"  # of all images that are scored
+
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]."""

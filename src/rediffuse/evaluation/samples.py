@@ -1,10 +1,15 @@
-"""Generated images as the stage `sample` leaves them: an npz with `images` and, from a conditional model, the `labels` it was asked for."""
+"""Generated images as the stage `sample` leaves them: a folder with an npz for each seed, and `sampling.json`, the settings.
+
+Each npz holds `images` and, from a conditional model, the `labels` it was asked for.
+"""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +28,55 @@ class Samples:
         return len(self.images)
 
 
+@dataclass(frozen=True, eq=False)
+class SampleSets:
+    """Independent sets of the same size, all labelled or none; `sampling`: n, seeds, and the settings they were drawn with.
+
+    reconstructions: of a VAE, uint8 (N, C, H, W), what it makes of test images.
+    """
+
+    sets: list[Samples]
+    sampling: dict[str, Any]
+    reconstructions: NDArray[np.uint8] | None
+
+    @property
+    def n(self) -> int:
+        """Images in each set."""
+        return len(self.sets[0])
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """Those of all sets, one set after the other."""
+        return np.concatenate([part.images for part in self.sets])
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those of all sets, or None."""
+        labels = [part.labels for part in self.sets if part.labels is not None]
+        return np.concatenate(labels) if labels else None
+
+
+def load_sets(folder: Path, shape: tuple[int, ...], classes: int) -> SampleSets:
+    """The sets in the folder.  Raises UserError if anything is missing or damaged, or does not fit `sampling.json`."""
+    remedy = f"make it with `dvc repro -f sample@{folder.name}`"
+    try:
+        sampling = json.loads((folder / "sampling.json").read_text())
+        n, seeds = sampling["n"], sampling["seeds"]
+    except FileNotFoundError:
+        raise UserError(f"{folder / 'sampling.json'} is missing: {remedy}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'sampling.json'} is damaged ({error!r}): {remedy}") from None
+    sets = [load_samples(folder / f"{seed}.npz", shape, classes) for seed in seeds]
+    if {len(part) for part in sets} != {n} or len({part.labels is None for part in sets}) != 1:
+        found = ", ".join(f"{len(part)} {'un' if part.labels is None else ''}labelled" for part in sets)
+        raise UserError(f"{folder} must hold sets of {n} images, all labelled or none, got {found}: {remedy}")
+    again = folder / "reconstructions.npz"
+    return SampleSets(sets, sampling, load_samples(again, shape, classes).images if again.exists() else None)
+
+
 def load_samples(path: Path, shape: tuple[int, ...], classes: int) -> Samples:
     """The samples in the file.  Raises UserError if it is missing or damaged, or holds other things than images (C, H, W) = shape."""
-    remedy = f"make it with `dvc repro sample@{path.stem}`"
+    remedy = f"make it with `dvc repro -f sample@{path.parent.name}`"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
