@@ -3,6 +3,7 @@
 Run by `dvc repro`; see dvc.yaml.  It runs before any training, so that whatever the evaluation needs and cannot have is said here.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,8 @@ def measure(params: Params, everything: ImageSet, sets: list[ImageSet], test: Im
     views, records, on = [], {}, device()
     for name in params.reference.instruments:
         instrument = make_instrument(name, everything, FOLDER / name, device=on, autocast=autocast(on, params.precision))
+        if warning := instrument.record.get("warning"):
+            print(f"warning: {instrument.id}: {warning}", file=sys.stderr)
         real = instrument.measure(test.images, title=f"{name}, test images")
         save_features(FOLDER / name / "features.safetensors", {"test": real})
         view = View(instrument, real, [instrument.measure(real.images, title=f"{name}, training images") for real in sets])

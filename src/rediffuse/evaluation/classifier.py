@@ -1,7 +1,7 @@
 """The network of the in-domain classifiers, images in, features and class logits out; and the weights that are shipped.
 
 A shipped instrument is versioned: the SHA-256 of its weights is pinned in the record beside them and checked before they are
-read.  Another training run is another ruler, so it gets another id; see docs/instrument.md.
+read.  Another training run is another ruler, so it gets another id; see docs/evaluation.md.
 """
 
 from __future__ import annotations
