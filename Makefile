@@ -30,8 +30,9 @@ help:
 repro: environment
 	@.venv/bin/dvc repro $(ARGS)
 
+# One thread for each process: two processes with a thread on each core would wait for one another at every barrier.
 test: lint
-	@.venv/bin/pytest $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: environment
 	@.venv/bin/ruff check .

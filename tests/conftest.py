@@ -14,6 +14,11 @@ from rediffuse.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that no process waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(scope="session")
 def fashion_mnist() -> dict[str, ImageSet]:
     """`train` and `test` as published.  Tests that need it are skipped on a machine that cannot get it."""

@@ -12,14 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from rediffuse.data.images import ImageSet
 from rediffuse.errors import UserError
 from rediffuse.evaluation.classifier import WEIGHTS, load_shipped
 from rediffuse.evaluation.features import Features, load_features, save_features
-from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import Instrument, check_available, make_instrument, open_instrument
 from rediffuse.files import write_json
 
@@ -93,38 +91,6 @@ def test_features_of_real_images_are_standardised_and_none_is_dead(instrument: I
     assert train.values.mean(0).abs().max() < 0.1
     assert (train.values.std(0) - 1).abs().max() < 0.1
     assert torch.linalg.eigvalsh(torch.cov(train.values.T)).min() > 1e-4  # no feature is a combination of the others
-
-
-def with_noise(images: Images, strength: float) -> Images:
-    return np.clip(images + np.random.default_rng(1).normal(0, strength, images.shape), 0, 255).round().astype(np.uint8)
-
-
-def blurred(images: Images, strength: float) -> Images:
-    return np.stack([gaussian_filter(image, (0, strength, strength)) for image in images])
-
-
-def occluded(images: Images, strength: float) -> Images:
-    return np.where(np.arange(28) < strength, 0, images).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("damage", "strengths"), [(with_noise, (5, 15, 40, 100)), (blurred, (0.4, 0.7, 1.2, 2.5)), (occluded, (6, 9, 12, 18))]
-)
-def test_distance_to_real_images_rises_with_damage(
-    instrument: Instrument, real: Features, fashion_mnist: dict[str, ImageSet], damage: Any, strengths: tuple[float, ...]
-) -> None:
-    images = np.array(fashion_mnist["train"].images[:1000])
-    distances = [frechet_distance(instrument.measure(images), real)]
-    distances += [frechet_distance(instrument.measure(damage(images, strength)), real) for strength in strengths]
-    assert distances == sorted(distances) and len(set(distances)) == len(distances), distances
-
-
-def test_missing_classes_raise_the_distance(real: Features, fashion_mnist: dict[str, ImageSet]) -> None:
-    labels = fashion_mnist["test"].labels
-    assert labels is not None
-    half, other = real.take(slice(0, None, 2)), real.take(slice(1, None, 2))  # two halves of real images
-    distances = [frechet_distance(half.take(torch.from_numpy(labels[::2] < classes)), other) for classes in (10, 7, 4, 1)]
-    assert distances == sorted(distances) and len(set(distances)) == len(distances), distances
 
 
 def test_batch_size_and_order_do_not_change_what_is_measured(instrument: Instrument) -> None:

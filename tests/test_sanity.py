@@ -84,6 +84,10 @@ def salted_and_peppered(images: Images, strength: float) -> Images:
     return np.where(drawn < strength / 2, 0, np.where(drawn > 1 - strength / 2, 255, images)).astype(np.uint8)
 
 
+def brightened(images: Images, strength: float) -> Images:
+    return np.clip(images + strength, 0, 255).astype(np.uint8)
+
+
 def permuted(features: Features, seed: int) -> Features:
     return features.take(torch.from_numpy(np.random.default_rng(seed).permutation(len(features))))
 
@@ -100,7 +104,8 @@ WHITE = (with_noise, salted_and_peppered)
     [
         (with_noise, (5, 15, 40, 100)),
         (blurred, (0.4, 0.7, 1.2, 2.5)),
-        (occluded, (1, 2, 4, 8)),
+        (occluded, (2, 4, 8, 12)),
+        (brightened, (10, 30, 60)),
         (salted_and_peppered, (0.01, 0.03, 0.1, 0.3)),
     ],
 )
