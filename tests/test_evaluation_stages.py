@@ -64,11 +64,11 @@ def pipeline(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
-def choose(instruments: list[str], **changes: int) -> None:
+def choose(instruments: list[str], accuracy_images: int = 256, **changes: int) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["reference"]["instruments"] = instruments
     params["sample"] |= {"n": N, "seeds": [1, 2]} | changes
-    params["evaluate"] |= {"is_splits": 2, "kid_subsets": 5, "kid_subset_size": 100, "accuracy_images": 256}
+    params["evaluate"] |= {"is_splits": 2, "kid_subsets": 5, "kid_subset_size": 100, "accuracy_images": accuracy_images}
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
@@ -125,6 +125,14 @@ def test_an_unlabelled_set_is_judged_by_what_needs_no_labels(pipeline, monkeypat
     assert all("classes" not in part and "is" not in part["scores"] for part in record["instruments"].values())
     assert "accuracy_score" not in json.loads(Path("metrics/evaluation/reference.json").read_text())
     assert Path("metrics/plots/evaluate_vae/classes.csv").read_text() == "class,fd,n\n"
+
+
+def test_an_accuracy_score_that_is_not_asked_for_is_left_out(pipeline, monkeypatch):
+    choose(["pixel-pca-v1"], accuracy_images=0)
+    reference.main()
+    record = judge(monkeypatch, "ddpm")
+    assert "accuracy_score" not in record and "label_accuracy" not in record  # nor does this instrument know the classes
+    assert "accuracy_score" not in json.loads(Path("metrics/reference.json").read_text())
 
 
 @pytest.mark.parametrize("instrument", [CNN, "classifier"])
