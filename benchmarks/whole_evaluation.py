@@ -25,7 +25,6 @@ from rediffuse.evaluation.memorisation import Neighbourhood, memorisation
 from rediffuse.params import load_params
 from rediffuse.training.hardware import autocast, device
 
-N = 10_000
 spent: dict[str, float] = {}
 
 
