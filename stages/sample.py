@@ -4,7 +4,6 @@ What one model needs is imported by its function only, so that a change in the o
 """
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from rediffuse.data.pixels import ROUNDING
 from rediffuse.figures.grid import annotate, class_rows, grid, save_png, strip
-from rediffuse.files import replace_file, write_json
+from rediffuse.files import write_json
+from rediffuse.generation.formats import PRIOR, save_npz
 from rediffuse.params import Params, Sample, load_params
 from rediffuse.shards import SHARD, DrawShard, draw, shard_generator
 from rediffuse.tracking.row import stage_run
@@ -54,26 +54,23 @@ def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
     """Decode latents from the prior, and those of test images; each image is the mean of p(x|z).  Returns the settings."""
     from rediffuse.data.images import load_images
     from rediffuse.data.pixels import from_unit, to_unit
+    from rediffuse.generation.vae import load_prior, save_mixture, vae_shards
     from rediffuse.vae.model import VAE
-    from rediffuse.vae.prior import gaussian_mixture, posterior_means, standard_normal
+    from rediffuse.vae.prior import fit_mixture, posterior_means
 
-    vae, settings = load_model(VAE, Path("data/models/vae"), device()), params.sample.vae
-    prior = standard_normal(vae.latent_dim)
+    model = Path("data/models/vae")
+    vae, settings = load_model(VAE, model, device()), params.sample.vae
     if settings.prior == "mixture":
         train = torch.tensor(load_images("data/prepared", "train").images, device=device())
         means = posterior_means(vae, train).numpy()
-        prior = gaussian_mixture(means, components=settings.components, seed=params.sample.seeds[0])
-
-    def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
-        z = prior(len(indices), generator).to(device())
-        with autocast(device(), params.precision):
-            return from_unit(vae.decode(z))
+        save_mixture(folder / PRIOR, fit_mixture(means, components=settings.components, seed=params.sample.seeds[0]), model)
 
     def reconstruct_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         images = torch.from_numpy(test.take(indices.numpy() % len(test)).images).to(device())
         with autocast(device(), params.precision):
             return from_unit(vae.decode(vae.encode(to_unit(images))[0]))
 
+    draw_shard = vae_shards(vae, load_prior(vae, settings, folder / PRIOR, model), params.precision)
     first = draw_sets(draw_shard, params.sample, 0, folder)
     save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
     test = load_images("data/prepared", "test")
@@ -86,49 +83,23 @@ def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
     """Denoise Gaussian noise, label after label in turn where the model has labels.  Returns the settings."""
     from rediffuse.data.pixels import from_signed
     from rediffuse.diffusion.denoiser import Denoiser
-    from rediffuse.diffusion.samplers import SAMPLERS, Observe
+    from rediffuse.generation.ddpm import ddpm_shards
 
     denoiser, settings = load_model(Denoiser, Path("data/models/ddpm"), device()), params.sample.ddpm
-    denoise = denoiser.denoise(guidance_scale=settings.guidance_scale)
-
-    def draw_shard(indices: Tensor, generator: torch.Generator, observe: Observe | None = None) -> Tensor:
-        def noise() -> Tensor:
-            return torch.randn(len(indices), *denoiser.shape, generator=generator).to(device())
-
-        labels = (indices % denoiser.classes).to(device()) if denoiser.classes else None
-        with autocast(device(), params.precision):
-            x_0 = SAMPLERS[settings.sampler](
-                denoise,
-                denoiser.schedule,
-                noise(),
-                labels,
-                steps=settings.steps,
-                eta=settings.eta,
-                noise=noise,
-                observe=observe,
-            )
-        return from_signed(x_0)
-
-    first = draw_sets(draw_shard, params.sample, denoiser.classes, folder)
+    first = draw_sets(ddpm_shards(denoiser, settings, params.precision), params.sample, denoiser.classes, folder)
     names = [name.strip() for name in denoiser.class_names]
     if names:
         save_png(annotate(class_rows(first["images"], first["labels"], len(names), COLUMNS), names), plots / "samples.png")
     else:
         save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
     seen: list[tuple[int, Tensor]] = []
-    last = draw_shard(torch.arange(SHARD), shard_generator(params.sample.seeds[0], 0), lambda t, x_t, _: seen.append((t, x_t)))
+    observed = ddpm_shards(denoiser, settings, params.precision, observe=lambda t, x_t, _: seen.append((t, x_t)))
+    last = observed(torch.arange(SHARD), shard_generator(params.sample.seeds[0], 0))
     shown = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, STAGES_SHOWN).astype(int))]
     columns = [*(from_signed(x_t)[:COLUMNS].cpu() for _, x_t in shown), last[:COLUMNS].cpu()]
     denoising = strip(torch.stack(columns, 1).numpy())
     save_png(annotate(denoising, names[:COLUMNS], [*(f"t={t}" for t, _ in shown), "t=0"]), plots / "denoising.png")
     return {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
-
-
-def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write the arrays; np.savez stamps every member with the same date, so that equal arrays give equal bytes."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    replace_file(path, buffer.getvalue())
 
 
 if __name__ == "__main__":

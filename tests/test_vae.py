@@ -25,7 +25,7 @@ from rediffuse.vae.objective import (
     negative_log_likelihood,
     training_loss,
 )
-from rediffuse.vae.prior import gaussian_mixture, posterior_means, standard_normal
+from rediffuse.vae.prior import fit_mixture, mixture, posterior_means, standard_normal
 from rediffuse.vae.task import VAEStep, final_measures, measure, vae_config
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").vae
@@ -368,7 +368,7 @@ def two_blobs(n=3000) -> np.ndarray:
 
 def test_mixture_prior_draws_from_what_it_was_fitted_to():
     means = two_blobs()
-    z = gaussian_mixture(means, components=2, seed=1)(40_000, seeded()).numpy()
+    z = mixture(fit_mixture(means, components=2, seed=1))(40_000, seeded()).numpy()
     left = z[:, 0] < -1
     assert left.mean() == pytest.approx(0.25, abs=0.01)
     for drawn, fitted in [(z[left], means[means[:, 0] < -1]), (z[~left], means[means[:, 0] >= -1])]:
@@ -378,14 +378,14 @@ def test_mixture_prior_draws_from_what_it_was_fitted_to():
 
 def test_mixture_prior_is_the_same_for_the_same_seed():
     means = two_blobs(400)
-    first, again = (gaussian_mixture(means, components=3, seed=7)(100, seeded(2)) for _ in range(2))
+    first, again = (mixture(fit_mixture(means, components=3, seed=7))(100, seeded(2)) for _ in range(2))
     assert first.dtype == torch.float32 and torch.equal(first, again)
-    assert not torch.equal(first, gaussian_mixture(means, components=3, seed=7)(100, seeded(3)))
+    assert not torch.equal(first, mixture(fit_mixture(means, components=3, seed=7))(100, seeded(3)))
 
 
 def test_more_components_than_images_are_refused():
     with pytest.raises(UserError, match=r"sample\.vae\.components \(11\).*\(10\)"):
-        gaussian_mixture(np.zeros((10, 2), np.float32), components=11, seed=0)
+        fit_mixture(np.zeros((10, 2), np.float32), components=11, seed=0)
 
 
 def test_posterior_means_are_those_of_the_encoder_whatever_the_chunk():

@@ -32,20 +32,27 @@ def posterior_means(vae: VAE, images: Tensor) -> Tensor:
     return torch.cat([vae.encode(to_unit(x))[0].cpu() for x in torch.split(images, CHUNK)])
 
 
-def gaussian_mixture(means: NDArray[np.float32], *, components: int, seed: int) -> Prior:
-    """A mixture with full covariances, fitted by expectation maximisation to posterior means (N, latent_dim)."""
+def fit_mixture(means: NDArray[np.float32], *, components: int, seed: int) -> dict[str, Tensor]:
+    """What `mixture` draws from: weights (K,), centres (K, latent_dim), Cholesky factors (K, latent_dim, latent_dim), all float64.
+
+    means: posterior means (N, latent_dim).  Fitted by expectation maximisation.  Raises UserError for more components than means.
+    """
     from sklearn.mixture import GaussianMixture  # takes a second to import, and only this prior needs it
 
     if components > len(means):
         raise UserError(f"sample.vae.components ({components}) must not exceed the number of training images ({len(means)})")
-    mixture = GaussianMixture(components, random_state=seed, reg_covar=1e-5).fit(means.astype(np.float64))
-    weights = torch.from_numpy(mixture.weights_)
-    centres = torch.from_numpy(mixture.means_)
-    factors = torch.linalg.cholesky(torch.from_numpy(mixture.covariances_))  # (components, latent_dim, latent_dim)
+    fitted = GaussianMixture(components, random_state=seed, reg_covar=1e-5).fit(means.astype(np.float64))
+    factors = torch.linalg.cholesky(torch.from_numpy(fitted.covariances_))
+    return {"weights": torch.from_numpy(fitted.weights_), "centres": torch.from_numpy(fitted.means_), "factors": factors}
+
+
+def mixture(fitted: dict[str, Tensor]) -> Prior:
+    """The Gaussian mixture with full covariances that `fit_mixture` found."""
+    weights, centres, factors = fitted["weights"], fitted["centres"], fitted["factors"]
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(weights, count, replacement=True, generator=generator)
-        eps = torch.randn(count, means.shape[1], 1, generator=generator, dtype=torch.float64)
+        eps = torch.randn(count, centres.shape[1], 1, generator=generator, dtype=torch.float64)
         z: Tensor = centres[which] + (factors[which] @ eps).squeeze(-1)
         return z.float()
 
