@@ -134,10 +134,10 @@ def by_class(record: Record, views: list[View], samples: SampleSets, test: Image
 def remember(samples: SampleSets, train: ImageSet, test: ImageSet, pictures: Path) -> Record:
     """How near the samples lie to the training images, beside unseen real images, with a picture of the nearest."""
     unseen = load_neighbourhood(FOLDER / "test-neighbours.safetensors")
-    together = Neighbourhood.of(samples.images, train.images, title="samples")
-    n = samples.n
+    images, n = samples.images, samples.n  # joined anew at each look
+    together = Neighbourhood.of(images, train.images, title="samples")
     parts = [together.take(slice(start, start + n)) for start in range(0, len(together), n)]
-    blocks = {"generated": nearest_shown(samples.images, together, train), "real, unseen": nearest_shown(test.images, unseen, train)}
+    blocks = {"generated": nearest_shown(images, together, train), "real, unseen": nearest_shown(test.images, unseen, train)}
     save_png(pairs(blocks), pictures / "neighbours.png")
     return spread_of([memorisation(part, unseen) for part in parts])
 

@@ -1,5 +1,6 @@
 """The row in MLflow: one per experiment, complete, never doubled, and never in the way of a stage."""
 
+import contextlib
 import json
 import os
 import random
@@ -21,11 +22,12 @@ from PIL import Image
 
 from rediffuse.figures.curves import write_curves
 from rediffuse.params import Params, flatten, load_params
-from rediffuse.tracking.cached import up_to_date_results
 from rediffuse.tracking.identity import identify
+from rediffuse.tracking.lineage import lineage_of_checkout
 from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
 from rediffuse.tracking.row import Run, stage_run
 from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri
+from rediffuse.tracking.writer import RowWriter
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
@@ -81,6 +83,11 @@ def only_row(root: Path) -> Any:
     return row
 
 
+def numbers(row: Any) -> dict[str, float]:
+    """The row's metrics without those that time and machine decide."""
+    return {name: value for name, value in row.data.metrics.items() if not name.startswith(("seconds/", "system/"))}
+
+
 def history(root: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client(root).get_metric_history(only_row(root).info.run_id, name)]
 
@@ -120,44 +127,64 @@ def test_stages_of_one_experiment_share_one_row(repository: Path, params: Params
     assert row.data.tags["stage.train_ddpm.status"] == row.data.tags["stage.sample_ddpm.status"] == "finished"
     assert row.data.tags["mlflow.source.git.commit"] == row.data.tags["dvc.baseline"] == git(repository, "rev-parse", "HEAD")
     assert row.data.tags["dvc.exp_name"] == "it's-ours"
-    assert row.data.metrics.keys() == {"train_ddpm/loss", "seconds/train_ddpm", "seconds/sample_ddpm"}
+    assert {name for name in row.data.metrics if not name.startswith("system/")} == {
+        "train_ddpm/loss",
+        "seconds/train_ddpm",
+        "seconds/sample_ddpm",
+    }
     assert row.data.params == {name: str(value) for name, value in flatten(params).items()}
 
 
 def test_plain_repro_has_a_row_per_commit_and_parameters(repository: Path, params: Params) -> None:
-    first = identify(flatten(params))
+    first = identify(repository, flatten(params))
     assert first.name == f"repro-{git(repository, 'rev-parse', '--short=7', 'HEAD')}-{first.tags['rediffuse.params'][:8]}"
-    assert identify(flatten(params)) == first
-    other = identify({**flatten(params), "ddpm.T": 1000})
+    assert identify(repository, flatten(params)) == first
+    other = identify(repository, {**flatten(params), "ddpm.T": 1000})
     git(repository, "commit", "-q", "--allow-empty", "-m", "next")
-    later = identify(flatten(params))
+    later = identify(repository, flatten(params))
     assert len({first.key, other.key, later.key}) == len({first.name, other.name, later.name}) == 3
 
 
-def test_same_experiment_name_on_another_baseline_or_with_other_parameters_is_another_row(
-    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_experiment_is_its_baseline_and_name(repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "again")
-    keys = set()
+    keys = []
     for baseline, value in (("a" * 40, 500), ("b" * 40, 500), ("a" * 40, 1000)):
         monkeypatch.setenv("DVC_EXP_BASELINE_REV", baseline)
-        keys.add(identify({**flatten(params), "ddpm.T": value}).key)
-    assert len(keys) == 3
+        keys.append(identify(repository, {**flatten(params), "ddpm.T": value}).key)
+    assert keys[0] == keys[2] != keys[1]
 
 
-def test_dirty_means_code_that_differs_from_the_commit(repository: Path, params: Params) -> None:
-    (repository / "metrics").mkdir()
-    (repository / "metrics" / "ddpm.json").write_text("{}")
-    (repository / "dvc.lock").write_text("")
-    (repository / "params.yaml").write_text("seed: 2")
-    assert identify(flatten(params)).tags["git.dirty"] == "false"
-    (repository / "model.py").write_text("")
-    assert identify(flatten(params)).tags["git.dirty"] == "true"
+def test_code_that_differs_from_the_commit_makes_another_row_and_can_be_applied_again(repository: Path, params: Params) -> None:
+    for name in ("metrics/ddpm.json", "dvc.lock", "params.yaml", "README.md"):  # what the pipeline writes, or does not read
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("{}")
+    clean = identify(repository, flatten(params))
+    assert clean.tags["git.dirty"] == "false" and not clean.code_diff
+    (repository / "src").mkdir()
+    (repository / "src" / "model.py").write_text("a = 1\n")
+    (repository / "src" / "weights.bin").write_bytes(bytes(range(256)))
+    (repository / "src" / "__pycache__").mkdir()
+    (repository / "src" / "__pycache__" / "model.pyc").write_bytes(b"x")
+    new = identify(repository, flatten(params))
+    assert new.tags["git.dirty"] == "true" and new.name.startswith(f"{clean.name}-") and new.key != clean.key
+    assert "src" in git(repository, "status", "--porcelain") and not git(repository, "diff", "--cached", "--name-only")
+    git(repository, "add", "src")
+    git(repository, "commit", "-q", "-m", "model")
+    assert not identify(repository, flatten(params)).code_diff
+    (repository / "src" / "model.py").unlink()
+    changed = identify(repository, flatten(params))
+    for identity, commit, files in ((new, "HEAD~1", {"model.py", "weights.bin"}), (changed, "HEAD", {"weights.bin"})):
+        clone = repository.parent / f"clone of {commit}"
+        git(repository.parent, "clone", "-q", str(repository), str(clone))
+        git(clone, "checkout", "-q", commit)
+        subprocess.run(["git", "apply", "--binary"], cwd=clone, input=identity.code_diff, check=True)
+        assert {path.name for path in (clone / "src").iterdir()} == files
+        assert (clone / "src" / "weights.bin").read_bytes() == bytes(range(256))
 
 
 def test_repository_without_a_commit_still_has_a_name(repository: Path, params: Params) -> None:
     shutil.rmtree(repository / ".git")
-    assert identify(flatten(params)).name.startswith("repro-nocommit-")
+    assert identify(repository, flatten(params)).name.startswith("repro-nocommit-")
 
 
 def test_two_processes_at_once_make_one_row_each_time_and_one_store(repository: Path) -> None:
@@ -170,9 +197,9 @@ def test_two_processes_at_once_make_one_row_each_time_and_one_store(repository: 
         "    print('ready', flush=True)\n"
         "    while not pathlib.Path(f'.dvc/go{i}').exists(): time.sleep(0.002)\n"
         "    os.environ['DVC_EXP_NAME'] = f'e{i}'\n"
-        "    with stage_run('prepare', params): pass\n"
+        "    with stage_run(os.environ['STAGE'], params): pass\n"
     )
-    both = [start_python(repository, code) for _ in range(2)]
+    both = [start_python(repository, code, STAGE=stage) for stage in ("train_vae", "train_ddpm")]
     for attempt in range(4):
         for process in both:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -218,7 +245,7 @@ def test_nothing_is_left_in_the_working_directory(repository: Path, params: Para
     assert git(repository, "status", "--porcelain") == ""
     assert {path.name for path in repository.iterdir()} == {".dvc", ".git", ".gitignore", ".mlflow", "params.yaml"}
     logged = client(repository).list_artifacts(only_row(repository).info.run_id, "recipe")
-    assert [item.path for item in logged] == ["recipe/params.yaml"]
+    assert [item.path for item in logged] == ["recipe/environment", "recipe/files.json", "recipe/params.yaml"]
 
 
 # What is logged, and that logging it again changes nothing
@@ -249,12 +276,73 @@ def test_more_points_than_a_batch_are_all_logged_in_time_order(repository: Path,
     assert [point.step for point in sorted(points, key=lambda point: point.timestamp)] == list(range(1201))
 
 
-def test_repeated_stage_keeps_equal_numbers_and_replaces_others(repository: Path, params: Params) -> None:
-    for values in ({"ddpm/fd": 9.0, "ddpm/is": 2.0}, {"ddpm/fd": 3.0, "ddpm/is": 2.0}):
-        with stage_run("evaluate@ddpm", params) as run:
-            run.log_metrics(values)
+def test_stage_that_failed_goes_on_in_its_row_keeps_equal_numbers_and_replaces_others(repository: Path, params: Params) -> None:
+    with pytest.raises(RuntimeError):
+        stop_stage("evaluate@ddpm", params, RuntimeError(), lambda run: run.log_metrics({"ddpm/fd": 9.0, "ddpm/is": 2.0}))
+    with stage_run("evaluate@ddpm", params) as run:
+        run.log_metrics({"ddpm/fd": 3.0, "ddpm/is": 2.0})
     assert only_row(repository).data.metrics["ddpm/fd"] == 3.0
     assert history(repository, "ddpm/is") == [(0, 2.0)]
+
+
+# Attempts
+
+
+def attempt(stage: str, params: Params, value: float) -> None:
+    with stage_run(stage, params) as run:
+        run.log_metrics({f"{stage}/value": value})
+
+
+def test_running_everything_again_is_a_new_attempt_below_which_the_old_one_is_folded(repository: Path, params: Params) -> None:
+    for value in (1.0, 2.0, 3.0):
+        for stage in ("prepare", "train_vae"):
+            attempt(stage, params, value)
+    first, second, last = sorted(rows(repository), key=lambda row: row.data.tags["rediffuse.attempt"])
+    assert last.data.tags["rediffuse.superseded"] == "false" and "mlflow.parentRunId" not in last.data.tags
+    assert last.info.run_name.startswith("repro-") and "attempt" not in last.info.run_name
+    for number, row in ((1, first), (2, second)):
+        assert row.data.tags["rediffuse.superseded"] == "true"
+        assert row.data.tags["mlflow.parentRunId"] == last.info.run_id
+        assert row.info.run_name == f"{last.info.run_name} (attempt {number})"
+        assert numbers(row) == {"prepare/value": float(number), "train_vae/value": float(number)}
+    assert numbers(last) == {"prepare/value": 3.0, "train_vae/value": 3.0}
+
+
+def test_an_experiment_tried_again_with_other_parameters_is_a_new_attempt(
+    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "again")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", git(repository, "rev-parse", "HEAD"))
+    with pytest.raises(RuntimeError):
+        stop_stage("train_ddpm", params, RuntimeError("no luck"), lambda run: None)
+    other = params.model_copy(update={"seed": 7})
+    attempt("train_ddpm", other, 1.0)
+    attempt("evaluate@ddpm", other, 2.0)
+    old, new = sorted(rows(repository), key=lambda row: row.data.tags["rediffuse.attempt"])
+    assert (old.data.params["seed"], new.data.params["seed"]) == ("1", "7")
+    assert old.data.tags["rediffuse.superseded"] == "true" and old.info.status == "FAILED"
+    assert numbers(new) == {"train_ddpm/value": 1.0, "evaluate_ddpm/value": 2.0} and new.info.run_name == "again"
+
+
+def test_another_checkout_that_writes_to_the_same_store_has_a_row_of_its_own(
+    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repository}/.mlflow/mlflow.db")
+    clone = repository.parent / "clone"
+    git(repository.parent, "clone", "-q", str(repository), str(clone))
+    (clone / ".dvc").mkdir(exist_ok=True)
+    with stage_run("train_vae", params) as run:
+        run.log_metrics({"a": 1.0})
+        with contextlib.chdir(clone):  # while the first is running
+            attempt("train_vae", params, 2.0)
+            attempt("evaluate@vae", params, 2.0)
+        run.log_metrics({"a": 2.0})
+    attempt("evaluate@vae", params, 1.0)
+    ours, theirs = sorted(rows(repository), key=lambda row: row.info.start_time)
+    assert ours.data.tags["rediffuse.key"] == theirs.data.tags["rediffuse.key"]
+    assert numbers(ours) == {"a": 2.0, "evaluate_vae/value": 1.0}
+    assert numbers(theirs) == {"train_vae/value": 2.0, "evaluate_vae/value": 2.0}
+    assert {row.data.tags["rediffuse.superseded"] for row in (ours, theirs)} == {"false"}
 
 
 def test_metrics_file_gives_numbers_by_nested_name(tmp_path: Path) -> None:
@@ -287,7 +375,7 @@ def test_full_record_is_kept_as_a_file_and_gives_no_numbers(repository: Path, pa
     with stage_run("evaluate@ddpm", params) as run:
         run.log_results(record, classes)
     row = only_row(repository)
-    assert {name for name in row.data.metrics if not name.startswith("seconds/")} == set()
+    assert numbers(row) == {}
     assert [file.path for file in client(repository).list_artifacts(row.info.run_id, "metrics/evaluation")] == [str(record)]
 
 
@@ -319,7 +407,7 @@ def test_names_and_values_are_made_to_fit_mlflow(repository: Path, params: Param
             stop_stage("sample@ddpm", params, ValueError("é" * 9000), lambda run: run.log_metrics({"a@b%c": 1.0, "n" * 300: 2.0}))
     row = only_row(repository)
     assert row.data.params == {"data.set": "x" * 5997 + "...", "data.f_lter": "[1, 2]"}
-    assert row.data.metrics == {"a_b_c": 1.0, "n" * 250: 2.0}
+    assert numbers(row) == {"a_b_c": 1.0, "n" * 250: 2.0}
     assert row.data.tags["stage.sample_ddpm.error"] == "ValueError: " + "é" * (8000 - 15) + "..."
 
 
@@ -327,11 +415,13 @@ def test_pictures_stand_in_the_image_grid_once(repository: Path, params: Params)
     folder = Path("metrics/plots/sample_ddpm")
     folder.mkdir(parents=True)
     picture = np.random.default_rng(0).integers(0, 256, (30, 600), dtype=np.uint8)
-    for shade in (picture, 255 - picture):
+    for shade, end in ((picture, pytest.raises(RuntimeError)), (255 - picture, contextlib.nullcontext())):
         Image.fromarray(shade).save(folder / "samples.png")
-        with stage_run("sample@ddpm", params) as run:
+        with end, stage_run("sample@ddpm", params) as run:
             run.log_results(folder)
             run.log_image("ddpm/steps", 40, folder / "samples.png")
+            if shade is picture:
+                raise RuntimeError
     names = images(repository)
     assert len(names) == 4
     # As MLflow's UI takes the names apart: key+step+N+timestamp+N+id, a PNG and a WebP marked "compressed" for each.
@@ -357,7 +447,7 @@ def test_failed_stage_is_failed_in_the_row_and_recovers(repository: Path, params
     assert row.info.status == "FAILED"
     assert row.data.tags["stage.train_vae.status"] == "failed"
     assert row.data.tags["stage.train_vae.error"] == "RuntimeError: out of luck"
-    assert row.data.metrics == {"vae/loss": 2.0}
+    assert numbers(row) == {"vae/loss": 2.0}
     with pytest.raises(SystemExit), stage_run("train_vae", params):
         sys.exit(0)
     row = only_row(repository)
@@ -379,7 +469,7 @@ def test_terminated_stage_is_failed_in_the_row(repository: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     row = only_row(repository)
     assert (row.info.status, row.data.tags["stage.train_ddpm.status"]) == ("FAILED", "failed")
-    assert row.data.metrics == {"ddpm/loss": 1.0}
+    assert numbers(row) == {"ddpm/loss": 1.0}
 
 
 @pytest.fixture
@@ -443,7 +533,7 @@ def test_store_that_breaks_down_while_a_stage_runs(repository: Path, params: Par
         run.log_metrics({"c": 3.0})
     said = capsys.readouterr().err
     assert said.count("tracking is off") == 1 and "disk full" in said
-    assert only_row(repository).data.metrics == {"a": 1.0}
+    assert numbers(only_row(repository)) == {"a": 1.0}
 
 
 @pytest.mark.parametrize("switch", [{"REDIFFUSE_TRACKING": "off"}, {"RANK": "1"}])
@@ -473,7 +563,7 @@ def test_random_numbers_are_those_without_tracking(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert run_everything(params)  # urllib3 draws the pause before it tries again
     assert states() == before
-    monkeypatch.setattr(Run, "_flush", lambda self: random.random())
+    monkeypatch.setattr(RowWriter, "flush", lambda self: random.random())
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert run_everything(params)
     assert states() == before
@@ -548,22 +638,26 @@ def test_row_of_an_experiment_has_the_results_of_cached_stages_and_none_that_are
     assert "tracking is off" not in said and "Running stage 'evaluate_vae'" not in said
     row = only_row(repository)
     assert (row.info.run_name, row.info.status) == ("more", "FINISHED")
-    status = {name: value for name, value in row.data.tags.items() if name.startswith("stage.")}
+    status = {name: value for name, value in row.data.tags.items() if name.startswith("stage.") and name.endswith(".status")}
     assert status == {
         "stage.evaluate_ddpm.status": "finished",
         **{f"stage.{stage}.status": "cached" for stage in ("train_vae", "train_ddpm", "evaluate_vae")},
     }
     vae, ddpm = 32.0, 1000.0
-    numbers = {"train_vae/loss": vae, "vae/loss": vae, "vae/fd": vae, "train_ddpm/loss": ddpm, "ddpm/loss": ddpm, "ddpm/fd": ddpm}
-    assert {name: value for name, value in row.data.metrics.items() if not name.startswith("seconds/")} == numbers
+    expected = {"train_vae/loss": vae, "vae/loss": vae, "vae/fd": vae, "train_ddpm/loss": ddpm, "ddpm/loss": ddpm, "ddpm/fd": ddpm}
+    assert numbers(row) == expected
     assert {name.partition("+")[0] for name in images(repository)} == {"vae~noising", "ddpm~noising"}
     assert row.info.artifact_uri.startswith((repository / ".mlflow" / "artifacts").as_uri())
 
     every = {"train_vae", "train_ddpm", "evaluate_vae", "evaluate_ddpm"}
-    assert up_to_date_results().keys() == every
+
+    def up_to_date() -> set[str]:
+        return set(lineage_of_checkout(repository).results)
+
+    assert up_to_date() == every
     text = (repository / "params.yaml").read_text()
     (repository / "params.yaml").write_text(text.replace("latent_dim: 32", "latent_dim: 16"))
-    assert up_to_date_results().keys() == {"train_ddpm", "evaluate_ddpm"}  # evaluate_vae agrees with its inputs: they are stale
+    assert up_to_date() == {"train_ddpm", "evaluate_ddpm"}  # evaluate_vae agrees with its inputs: they are stale
     (repository / "params.yaml").write_text(text)
     (repository / "metrics" / "ddpm.json").write_text("{}")
-    assert up_to_date_results().keys() == every - {"evaluate_ddpm"}
+    assert up_to_date() == every - {"evaluate_ddpm"}

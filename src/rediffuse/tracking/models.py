@@ -1,0 +1,219 @@
+"""The trained models of a row in MLflow's registry: rediffuse-vae and rediffuse-ddpm, ready for `mlflow models serve`.
+
+A version belongs to the bytes of a model (DVC's md5) and the settings it is sampled with; rows that share both share a version.
+What is logged is self-contained: weights, settings, the script that answers requests (served.py) and a copy of the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import rediffuse
+from rediffuse.errors import UserError
+from rediffuse.generation.formats import PRIOR
+from rediffuse.generation.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
+from rediffuse.params import load_params
+from rediffuse.tracking.store import connect, repository_root, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Row
+
+LOCK_SECONDS = 60.0  # as long as another process may take to register a model
+LIBRARIES = (
+    "mlflow",
+    "filelock",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "torch",
+    "tqdm",
+)  # what serving imports
+SCRIPT = "served.py"
+NOT_SERVED = ("cli.py", "commands", "evaluation", "figures", "tracking", "__pycache__")  # of the package
+MODEL_VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's pages find the versions of a logged model
+
+
+def registered_name(kind: str) -> str:
+    """The name in MLflow's registry."""
+    return f"rediffuse-{kind}"
+
+
+def open_registry() -> tuple[MlflowClient, str]:
+    """A client of the store of the checkout, or of the one that MLFLOW_TRACKING_URI names, and its address.
+
+    Raises UserError outside a checkout, unless MLFLOW_TRACKING_URI names a server, and where there is no store yet.
+    """
+    try:
+        uri = tracking_uri(repository_root())
+    except FileNotFoundError as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri.startswith(("http://", "https://")):
+            raise UserError(f"{error}; change into the checkout of rediffuse, or set MLFLOW_TRACKING_URI to a server") from None
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"there is no MLflow store yet ({uri}): `dvc repro` makes one")  # opening it would make an empty one
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return connect(uri), uri
+
+
+def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]:
+    """Register the models of the checkout, as the row's: {"ddpm": "models:/rediffuse-ddpm/3"}.
+
+    A model counts if dvc.lock names it and the files in data/models are the ones it names.  One that is registered already, with
+    these settings of sampling, is not logged again.  The model is not run.
+    Raises what MLflow, its store or the file system raise, UserError for wrong parameters, and filelock's Timeout.
+    """
+    from filelock import FileLock
+
+    params = load_params(checkout / "params.yaml")
+    lock = Path(os.environ.get("DVC_ROOT") or checkout) / ".dvc" / "tmp" / "rediffuse-models.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, str] = {}
+    with FileLock(lock, timeout=LOCK_SECONDS):  # two experiments that share a model may end at the same time
+        for kind in KINDS:
+            folder = checkout / "data" / "models" / kind
+            md5 = _locked(checkout).get(f"data/models/{kind}")
+            if md5 and folder.is_dir() and directory_md5(folder) == md5:
+                found[kind] = _register(client, row, kind, md5, _contents(kind, folder, sampling_settings(params, kind), checkout))
+    return found
+
+
+def directory_md5(folder: Path) -> str:
+    """DVC's hash of a folder: the MD5 of a JSON list of its files and their MD5s, and ".dir"."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    entries = [{"md5": _md5((folder / name).read_bytes()), "relpath": name} for name in names]
+    return _md5(json.dumps(entries).encode()) + ".dir"
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def _locked(checkout: Path) -> dict[str, str]:
+    """The outputs that dvc.lock names, and their hashes."""
+    path = checkout / "dvc.lock"
+    if not path.is_file():
+        return {}
+    stages = yaml.safe_load(path.read_bytes()).get("stages", {})
+    return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+
+
+def _contents(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
+    """The files that a model is packed as."""
+    names = [name.strip() for name in read_config(folder).get("class_names", [])]
+    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    files[SAMPLING] = pack_settings(kind, settings, names)
+    if settings.get("prior") == "mixture":
+        files[PRIOR] = (checkout / "data" / "samples" / "vae" / PRIOR).read_bytes()
+    return files
+
+
+def _register(client: MlflowClient, row: Row, kind: Kind, md5: str, files: dict[str, bytes]) -> str:
+    """The address of the version of this content, which is made if there is none."""
+    name = registered_name(kind)
+    settings = hashlib.sha256(files[SAMPLING] + files.get(PRIOR, b"")).hexdigest()
+    same = f"name = '{name}' and tags.`dvc.md5` = '{md5}' and tags.`rediffuse.settings` = '{settings}'"
+    if there := client.search_model_versions(same):
+        return f"models:/{name}/{min(int(version.version) for version in there)}"
+    model = _log(client, row, kind, files)
+    _ensure_registered_model(client, name)
+    # By its place: for models:/ID a store without a server would ask the process's global store.
+    version = client.create_model_version(
+        name,
+        model.artifact_location,
+        run_id=row.info.run_id,
+        model_id=model.model_id,
+        tags={"dvc.md5": md5, "rediffuse.settings": settings},
+        await_creation_for=0,
+    )
+    client.set_logged_model_tags(model.model_id, {MODEL_VERSIONS: json.dumps([{"name": name, "version": int(version.version)}])})
+    return f"models:/{name}/{version.version}"
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _log(client: MlflowClient, row: Row, kind: Kind, files: dict[str, bytes]) -> Any:
+    """The model as MLflow's LoggedModel of the row.  The fluent mlflow.pyfunc.log_model needs global state, and runs the model."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.entities.logged_model_status import LoggedModelStatus
+
+    model = client.create_logged_model(row.info.experiment_id, name=kind, source_run_id=row.info.run_id, params=row.data.params)
+    status = LoggedModelStatus.FAILED
+    try:
+        with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder:
+            packed = Path(folder, "model")
+            _pack(packed, files, artifact_path=model.artifact_location, model_id=model.model_id, run_id=row.info.run_id)
+            client.log_model_artifacts(model.model_id, str(packed))
+        status = LoggedModelStatus.READY
+    finally:
+        client.finalize_logged_model(model.model_id, status)
+    client.log_outputs(row.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model
+
+
+def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
+    """Write a folder that MLflow can load and serve anywhere: files, script, package, signature, example, requirements."""
+    import mlflow.pyfunc
+    import pandas as pd  # type: ignore[import-untyped]
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
+
+    names = json.loads(files[SAMPLING])["class_names"]
+    example = {"n": 4, "label": names[-1], "seed": 1} if names else {"n": 4, "seed": 1}
+    inputs = Schema([ColSpec("long", "n"), ColSpec("string", "label", required=False), ColSpec("long", "seed")])
+    outputs = Schema([ColSpec("string", "label", required=False), ColSpec("string", "png")])
+    with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder, _quiet():
+        # MLmodel keeps the places that things were taken from: none of this machine, therefore copies.
+        package, artifacts, script = Path(folder, "rediffuse"), Path(folder, "artifacts"), Path(folder, SCRIPT)
+        shutil.copytree(Path(rediffuse.__file__).parent, package, ignore=shutil.ignore_patterns(*NOT_SERVED))
+        shutil.copyfile(Path(__file__).with_name(SCRIPT), script)
+        artifacts.mkdir()
+        for name, content in files.items():
+            (artifacts / name).write_bytes(content)
+        mlflow.pyfunc.save_model(
+            target,
+            python_model=str(script),
+            code_paths=[str(package)],
+            artifacts={name: str(artifacts / name) for name in files},
+            signature=ModelSignature(inputs, outputs),
+            input_example=pd.DataFrame([example]),
+            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in LIBRARIES],
+            mlflow_model=Model(model_uuid=identity["model_id"], **identity),
+            uv_project_path=folder,  # not one that happens to lie in the working directory
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow tells what it does; only warnings are let through."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,342 @@
+"""The trained models in MLflow's registry: one version per content, self-contained, served with the bytes that `generate` gives."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from servers import clean_environment, free_port, wait_until
+from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
+
+from rediffuse.commands.generate import generate
+from rediffuse.commands.promote import promote
+from rediffuse.errors import UserError
+from rediffuse.tracking.models import directory_md5, log_models
+from rediffuse.tracking.store import connect, experiment_id
+
+REQUEST = {"n": 3, "label": "Ankle boot", "seed": 5}
+
+
+class Store:
+    """The store in this database, and rows in it."""
+
+    def __init__(self, database):
+        self.uri = f"sqlite:///{database}"
+        self.client = connect(self.uri)
+        self.experiment = experiment_id(self.client, self.uri, database.parent)
+
+    def row(self, name="row"):
+        run = self.client.create_run(self.experiment, run_name=name)
+        self.client.log_param(run.info.run_id, "ddpm.T", "12")
+        return self.client.get_run(run.info.run_id)
+
+    def versions(self, kind):
+        return self.client.search_model_versions(f"name = 'rediffuse-{kind}'")
+
+
+def lock_models(root):
+    """dvc.lock, as if `dvc repro` had made the models."""
+    stages = {}
+    for kind in ("vae", "ddpm"):
+        md5 = directory_md5(root / "data/models" / kind)
+        stages[f"train_{kind}"] = {"outs": [{"path": f"data/models/{kind}", "hash": "md5", "md5": md5}]}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """The database of a store with an experiment and nothing else: to make one takes seconds, to copy it none."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Store(database)
+    return database
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models") / "checkout"
+    make_checkout(root)
+    lock_models(root)
+    return root
+
+
+@pytest.fixture
+def store(empty_store, tmp_path, monkeypatch):
+    """A store of the test's own, which is the one in force; artifacts lie beside the database that it is a copy of."""
+    store = Store(shutil.copy(empty_store, tmp_path / "mlflow.db"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    return store
+
+
+@pytest.fixture
+def checkout(models, tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    shutil.copytree(models, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+# What is registered
+
+
+def test_each_model_becomes_a_version_of_the_row(store, checkout):
+    row = store.row()
+    assert log_models(store.client, row, checkout) == {"vae": "models:/rediffuse-vae/1", "ddpm": "models:/rediffuse-ddpm/1"}
+    (version,) = store.versions("ddpm")
+    assert version.run_id == row.info.run_id and version.status == "READY"
+    assert version.tags["dvc.md5"] == directory_md5(checkout / "data/models/ddpm")
+    outputs = store.client.get_run(row.info.run_id).outputs.model_outputs
+    logged = {model.name: model for model in (store.client.get_logged_model(output.model_id) for output in outputs)}
+    assert set(logged) == {"vae", "ddpm"}
+    assert logged["ddpm"].status == "READY" and logged["ddpm"].params == {"ddpm.T": "12"}
+    assert json.loads(logged["ddpm"].tags["mlflow.modelVersions"]) == [{"name": "rediffuse-ddpm", "version": 1}]
+
+
+def test_a_version_belongs_to_content_and_settings(store, checkout):
+    first, second = store.row("first"), store.row("second")
+    known = log_models(store.client, first, checkout)
+    assert log_models(store.client, first, checkout) == known
+    assert log_models(store.client, second, checkout) == known  # an experiment that shares the models
+    write_params(checkout, {"sample.ddpm.steps": 4})
+    assert log_models(store.client, second, checkout) == known | {"ddpm": "models:/rediffuse-ddpm/2"}
+    params = write_params(checkout, {})
+    save_vae(checkout, params, seed=5)
+    lock_models(checkout)
+    assert log_models(store.client, second, checkout) == known | {"vae": "models:/rediffuse-vae/2"}
+    assert {kind: len(store.versions(kind)) for kind in ("vae", "ddpm")} == {"vae": 2, "ddpm": 2}
+
+
+def test_only_what_the_lock_names_is_registered(store, checkout):
+    save_vae(checkout, write_params(checkout, {}), seed=5)  # trained again, as while `dvc repro` runs
+    assert set(log_models(store.client, store.row(), checkout)) == {"ddpm"}
+    shutil.rmtree(checkout / "data/models/ddpm")
+    assert log_models(store.client, store.row(), checkout) == {}
+    (checkout / "dvc.lock").unlink()
+    assert log_models(store.client, store.row(), checkout) == {}
+    assert not store.versions("vae")
+
+
+def test_two_at_once_make_one_version(store, checkout):
+    rows, found = [store.row("a"), store.row("b")], []
+    threads = [threading.Thread(target=lambda row=row: found.append(log_models(connect(store.uri), row, checkout))) for row in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1]
+    assert len(store.versions("ddpm")) == 1
+
+
+def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(store, checkout, tmp_path, monkeypatch, capfd):
+    import mlflow
+
+    for kind in ("vae", "ddpm"):
+        (checkout / f"data/models/{kind}/model.safetensors").write_bytes(b"no weights: whoever loads them fails")
+    lock_models(checkout)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    mlflow.set_tracking_uri("sqlite:////nowhere/at/all.db")  # the process's global store is another
+    try:
+        capfd.readouterr()
+        assert set(log_models(store.client, store.row(), checkout)) == {"vae", "ddpm"}
+        assert capfd.readouterr() == ("", "")
+        assert mlflow.get_tracking_uri() == "sqlite:////nowhere/at/all.db"
+        assert mlflow.active_run() is None and mlflow.get_active_model_id() is None
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_logged_model_says_what_it_takes_and_gives(store, checkout):
+    log_models(store.client, store.row(), checkout)
+    folder = Path(store.client.get_model_version_download_uri("rediffuse-ddpm", "1").removeprefix("file://"))
+    about = yaml.safe_load((folder / "MLmodel").read_text())
+    inputs, outputs = (json.loads(about["signature"][key]) for key in ("inputs", "outputs"))
+    assert {column["name"]: (column["type"], column["required"]) for column in inputs} == {
+        "n": ("long", True),
+        "label": ("string", False),
+        "seed": ("long", True),
+    }
+    assert [column["name"] for column in outputs] == ["label", "png"]
+    assert json.loads((folder / "input_example.json").read_text())["data"] == [[4, CLASSES[-1], 1]]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pyc")]
+    assert str(checkout) not in (folder / "MLmodel").read_text()
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements) and any(line.startswith("torch==") for line in requirements)
+
+
+def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        repo.add(str(tmp_path / "folder"))
+    assert yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"][0]["md5"] == directory_md5(tmp_path / "folder")
+
+
+# The alias
+
+
+def test_promote_moves_the_alias(store, checkout):
+    rows = [store.row("one"), store.row("two")]
+    log_models(store.client, rows[0], checkout)
+    write_params(checkout, {"sample.ddpm.steps": 4})
+    log_models(store.client, rows[1], checkout)
+
+    def champion():
+        return store.client.get_model_version_by_alias("rediffuse-ddpm", "champion").version
+
+    said = promote("1", "ddpm", "champion")
+    assert champion() == 1 and "version 1" in said and rows[0].info.run_id in said and "no version had" in said
+    assert "before, version 1" in promote("2", "ddpm", "champion") and champion() == 2
+    assert "as before" in promote("2", "ddpm", "champion") and champion() == 2
+    with pytest.raises(UserError, match="rediffuse-ddpm has no version 9"):
+        promote("9", "ddpm", "champion")
+    assert champion() == 2
+
+
+def test_promote_takes_the_version_of_a_row(store, checkout):
+    row, bare = store.row("good-row"), store.row("bare-row")
+    for kind, address in log_models(store.client, row, checkout).items():
+        store.client.set_tag(row.info.run_id, f"model.{kind}", address)
+    promote("good-row", "vae", "candidate")
+    promote(row.info.run_id, "ddpm", "champion")
+    assert store.client.get_model_version_by_alias("rediffuse-vae", "candidate").version == 1
+    assert store.client.get_model_version_by_alias("rediffuse-ddpm", "champion").version == 1
+    for name in ("nobody", bare.info.run_name):
+        with pytest.raises(UserError, match=name):
+            promote(name, "ddpm", "champion")
+
+
+# What it draws
+
+
+def expected(store, checkout, tmp_path):
+    """The files of `rediffuse generate` for the request, from the checkout."""
+    folder = tmp_path / "expected"
+    generate("ddpm", str(folder), n=REQUEST["n"], seed=REQUEST["seed"], label=REQUEST["label"])
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def champion(store, checkout):
+    log_models(store.client, store.row(), checkout)
+    promote("1", "ddpm", "champion")
+    promote("1", "vae", "champion")
+    return "models:/rediffuse-ddpm@champion"
+
+
+def test_generate_takes_model_and_settings_from_the_registry(store, checkout, champion, tmp_path, monkeypatch):
+    files = expected(store, checkout, tmp_path)
+    write_params(checkout, {"sample.ddpm.steps": 5})  # those of the checkout do not count
+    for address in (champion, "models:/rediffuse-ddpm/1"):
+        target = tmp_path / address.rpartition("/")[2]
+        generate(address, f"{target}/", n=3, seed=5, label="Ankle boot")
+        assert [path.read_bytes() for path in sorted(target.iterdir())] == files
+    generate(champion, str(tmp_path / "other"), n=3, seed=5, label="Ankle boot", steps=5)
+    assert [path.read_bytes() for path in sorted((tmp_path / "other").iterdir())] != files
+    with pytest.raises(UserError, match="nobody"):
+        generate("models:/rediffuse-ddpm@nobody", str(tmp_path / "no"), n=1, seed=1)
+
+
+LOAD = """
+import base64, json, sys
+import mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+images = model.predict([json.loads(sys.argv[2])])
+print(json.dumps({"images": images, "package": sys.modules["rediffuse"].__file__}))
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_path):
+    """Here the VAE with its mixture, which lies outside the folder of the model; the DDPM is served below."""
+    import torch
+
+    from rediffuse.params import load_params
+    from stages import sample
+
+    write_params(checkout, {"sample.vae.prior": "mixture"})
+    with torch.inference_mode():
+        sample.draw_vae(load_params(), Path("data/samples/vae"), tmp_path / "plots")
+    log_models(store.client, store.row(), checkout)
+    generate("vae", str(tmp_path / "expected"), n=3, seed=5)
+    files = [path.read_bytes() for path in sorted((tmp_path / "expected").iterdir())]
+    checkout.rename(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-c", LOAD, "models:/rediffuse-vae/1", json.dumps({"n": 3, "seed": 5})]
+    environment = clean_environment(MLFLOW_TRACKING_URI=store.uri)
+    answer = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, check=True, text=True)
+    found = json.loads(answer.stdout)
+    assert Path(found["package"]).match("models/*/artifacts/code/rediffuse/__init__.py")
+    assert [base64.b64decode(image["png"]) for image in found["images"]] == files
+    assert "Warning" not in answer.stderr
+
+
+@contextmanager
+def served(address, uri, folder):
+    """`mlflow models serve` as the README says it, on a free port; ended with all that it started."""
+    port, log = free_port(), folder / "serve.log"
+    command = ["mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    environment = clean_environment(MLFLOW_TRACKING_URI=uri)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"), process, log)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def ask(url, *records):
+    """The status and the answer to a request with these records."""
+    body = json.dumps({"dataframe_records": records}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)["predictions"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["message"]
+
+
+@pytest.mark.slow
+def test_a_served_model_gives_the_bytes_that_generate_gives(store, checkout, champion, tmp_path):
+    files = expected(store, checkout, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    checkout.rename(tmp_path / "gone")
+    with served(champion, store.uri, elsewhere) as url:
+        status, images = ask(url, REQUEST)
+        assert status == 200 and [image["label"] for image in images] == ["Ankle boot"] * 3
+        assert [base64.b64decode(image["png"]) for image in images] == files
+        status, images = ask(url, {"n": 1, "seed": 5, "label": 1}, {"n": 4, "seed": 5})  # an index; in turn
+        assert status == 200 and base64.b64decode(images[0]["png"]) == files[0]
+        assert [image["label"] for image in images] == ["Ankle boot", "T-shirt/top", "Ankle boot", "Bag", "T-shirt/top"]
+        assert base64.b64decode(images[2]["png"]) == files[1]
+        status, text = ask(url, {"n": 1, "seed": 5, "label": "hat"})
+        assert status == 400 and "0 T-shirt/top, 1 Ankle boot, 2 Bag" in text
+        status, text = ask(url, {"n": 0, "seed": 5})
+        assert status == 400 and "at least 1, got 0" in text
+        assert ask(url, {"seed": 5})[0] == 400
+    assert [path.name for path in elsewhere.iterdir()] == ["serve.log"]

@@ -1,0 +1,198 @@
+"""Rows completed from DVC's state alone: a real pipeline of DVC with small stages, a real store, no stage that logs in time."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
+
+from rediffuse.errors import UserError
+from rediffuse.tracking.store import connect
+from rediffuse.tracking.sync import Outcome, experiments, sync
+
+NUMBERS = {"train_ddpm/loss": 25.0, "ddpm/loss": 25.0, "ddpm/fd": 28.0}  # of the default parameters: T = 500, neighbours = 3
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose pipeline has run, and was committed, without tracking."""
+    root = tmp_path_factory.mktemp("origin") / "repository"
+    make_repository(root)
+    return root
+
+
+@pytest.fixture
+def repository(untracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as working directory."""
+    root = tmp_path / "repository"
+    shutil.copytree(untracked, root, symlinks=True)
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
+    return root
+
+
+def files(root: Path, row: Any) -> dict[str, bytes]:
+    """The row's artifacts, pictures by key."""
+    folder = root / ".mlflow" / "artifacts" / row.info.run_id / "artifacts"
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.partition("+")[0] + (Path(path).suffix if "+" in path else ""): content for path, content in found.items()}
+
+
+def statuses(row: Any) -> dict[str, str]:
+    tags = row.data.tags
+    return {stage: tags.get(f"stage.{stage.replace('@', '_')}.status", "") for stage in STAGES}
+
+
+def content(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of the store, with the time of its last change: what a sync that changes nothing leaves alone."""
+    return {
+        str(path): (path.stat().st_mtime_ns if "artifacts" in path.parts else 0, path.read_bytes())
+        for path in (root / ".mlflow").rglob("*")
+        if path.is_file()
+    }
+
+
+def check_unchanged(root: Path) -> None:
+    before = content(root)
+    assert {outcome.what for outcome in sync(every=True)} <= {"unchanged"}
+    assert content(root) == before
+
+
+def test_results_that_were_made_without_tracking_get_their_row_once(repository: Path) -> None:
+    (outcome,) = sync()
+    assert outcome.what == "made" and outcome.name.startswith("repro-")
+    row = rows(repository)[outcome.name]
+    assert row.info.status == "FINISHED"
+    assert row.data.params["ddpm.T"] == "500"
+    assert numbers(row) == NUMBERS
+    assert set(statuses(row).values()) == {"cached"}
+    assert len({row.data.tags[f"stage.{stage}.key"] for stage in ("prepare", "train_ddpm", "evaluate_ddpm")}) == 3
+    logged = files(repository, row)
+    assert set(logged) == {
+        *(f"recipe/{name}" for name in ("params.yaml", "dvc.yaml", "dvc.lock", "files.json")),
+        *("metrics/train_ddpm.json", "metrics/ddpm.json", "metrics/evaluation/ddpm.json"),
+        *("images/ddpm~noising.png", "images/ddpm~noising.webp"),
+    }
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
+        assert logged[f"recipe/{name}"] == (repository / name).read_bytes()
+    (entry,) = row.inputs.dataset_inputs
+    lock = (repository / "dvc.lock").read_text()
+    assert entry.dataset.name == "toy" and entry.dataset.digest.endswith(".dir") and f"md5: {entry.dataset.digest}" in lock
+    assert f"rediffuse rebuild {row.info.run_id}" in row.data.tags["mlflow.note.content"]
+    check_unchanged(repository)
+
+
+def test_row_follows_its_results_into_the_commit_that_holds_them(repository: Path) -> None:
+    (made,) = sync()
+    run(repository, "git", "commit", "-q", "--allow-empty", "-m", "next")
+    assert sync() == []
+    assert list(rows(repository)) == [made.name]
+
+
+def test_stages_that_are_not_up_to_date_make_no_row(repository: Path) -> None:
+    text = (repository / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(text.replace("neighbours: 3 ", "neighbours: 4 "))
+    assert sync() == []
+    assert rows(repository) == {}
+
+
+def test_row_of_a_run_gets_the_final_lock(repository: Path) -> None:
+    run(repository, "dvc", "exp", "run", "-n", "more", "-S", "ddpm.T=1000")
+    row = rows(repository)["more"]
+    assert statuses(row) == {"prepare": "cached", "train_ddpm": "finished", "evaluate@ddpm": "finished"}
+    assert "dvc.exp_rev" not in row.data.tags and row.data.tags["rediffuse.state"]
+    (outcome,) = sync()  # the files are the experiment's, so they make no second row
+    assert (outcome.name, outcome.what) == ("more", "completed")
+    ((baseline, _), commit) = next(iter(experiments(repository).items()))
+    row = rows(repository)["more"]
+    assert row.data.tags["dvc.exp_rev"] == commit
+    assert row.data.tags["dvc.baseline"] == baseline == run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    assert files(repository, row)["recipe/dvc.lock"] == run(repository, "git", "show", f"{commit}:dvc.lock").stdout.encode()
+    check_unchanged(repository)
+
+
+def test_fully_cached_experiment_has_a_complete_row_that_names_where_its_results_come_from(repository: Path) -> None:
+    run(repository, "dvc", "exp", "run", "-n", "first", "-S", "ddpm.T=1000")
+    run(repository, "git", "checkout", "-q", "--", ".")
+    run(repository, "dvc", "checkout")
+    said = run(repository, "dvc", "exp", "run", "-n", "second", "-S", "ddpm.T=1000").stdout
+    assert "Running stage" not in said
+    assert set(rows(repository)) == {"first"}
+    assert {outcome.name: outcome.what for outcome in sync()}["second"] == "made"
+    found = rows(repository)
+    first, second = found["first"], found["second"]
+    assert numbers(first) == numbers(second) == {"train_ddpm/loss": 50.0, "ddpm/loss": 50.0, "ddpm/fd": 53.0}
+    assert first.data.params == second.data.params
+    assert second.info.status == "FINISHED" and statuses(second)["train_ddpm"] == "cached"
+    assert second.data.tags["stage.train_ddpm.origin_run"] == first.info.run_id
+    assert second.data.tags["stage.train_ddpm.environment"] == first.data.tags["stage.train_ddpm.environment"]
+    same = ("images/ddpm~noising.png", "metrics/ddpm.json", "recipe/params.yaml")
+    assert [files(repository, first)[name] for name in same] == [files(repository, second)[name] for name in same]
+    check_unchanged(repository)
+
+
+def test_killed_run_is_told_and_goes_on_in_its_row(repository: Path) -> None:
+    (repository / "stop").touch()
+    command = ("dvc", "exp", "run", "-n", "unlucky", "-S", "ddpm.T=1000")
+    assert run(repository, *command, check=False).returncode != 0
+    assert rows(repository)["unlucky"].info.status == "RUNNING"
+    assert Outcome("unlucky", rows(repository)["unlucky"].info.run_id, "killed") in sync()
+    row = rows(repository)["unlucky"]
+    assert (row.info.status, statuses(row)["train_ddpm"]) == ("KILLED", "killed")
+    (repository / "stop").unlink()
+    run(repository, *command)
+    again = rows(repository)["unlucky"]
+    assert again.info.run_id == row.info.run_id and again.info.status == "FINISHED"
+    assert numbers(again)["ddpm/fd"] == 53.0
+    sync()
+    check_unchanged(repository)
+
+
+def test_what_was_missed_while_the_store_was_away_arrives_afterwards(repository: Path) -> None:
+    (repository / ".mlflow").write_text("not a folder")
+    said = run(repository, "dvc", "exp", "run", "-n", "deaf", "-S", "ddpm.T=1000")
+    assert said.stderr.count("tracking is off for the rest of stage") == 2
+    with pytest.raises(UserError, match="rediffuse sync"):
+        sync()
+    (repository / ".mlflow").unlink()
+    assert {outcome.name: outcome.what for outcome in sync()} == {"deaf": "made"}
+    row = rows(repository)["deaf"]
+    assert numbers(row)["ddpm/fd"] == 53.0 and row.info.status == "FINISHED"
+    client = connect(f"sqlite:///{repository}/.mlflow/mlflow.db")
+    points = [(point.step, point.value) for point in client.get_metric_history(row.info.run_id, "ddpm/loss")]
+    assert sorted(points) == [(10, 100.0), (20, 50.0)]
+    check_unchanged(repository)
+
+
+def test_only_experiments_on_the_commit_in_hand_unless_all_are_asked_for(repository: Path) -> None:
+    run(repository, "dvc", "exp", "run", "--temp", "-n", "old", "-S", "evaluate.neighbours=7", REDIFFUSE_TRACKING="off")
+    run(repository, "git", "commit", "-q", "--allow-empty", "-m", "next")
+    assert "old" not in {outcome.name for outcome in sync()}
+    assert {outcome.name: outcome.what for outcome in sync(every=True)}["old"] == "made"
+    assert numbers(rows(repository)["old"])["ddpm/fd"] == 32.0
+    check_unchanged(repository)
+
+
+def test_experiment_whose_data_are_elsewhere_gets_what_there_is(repository: Path, tmp_path: Path) -> None:
+    run(repository, "dvc", "exp", "run", "--temp", "-n", "far", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
+    kept = tmp_path / "cache"
+    shutil.move(repository / ".dvc" / "cache", kept)
+    outcome = next(outcome for outcome in sync() if outcome.name == "far")
+    assert outcome.what.startswith("made") and "train_ddpm" in outcome.what and "dvc exp pull" in outcome.what
+    row = rows(repository)["far"]
+    assert numbers(row)["ddpm/fd"] == 53.0
+    assert not any(name.startswith("images/") for name in files(repository, row))
+    shutil.move(kept, repository / ".dvc" / "cache")
+    assert next(outcome.what for outcome in sync() if outcome.name == "far") == "completed"
+    assert "images/ddpm~noising.png" in files(repository, row)
+    check_unchanged(repository)
+
+
+def test_outside_a_repository_the_remedy_is_named(tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="change into the checkout"):
+        sync()

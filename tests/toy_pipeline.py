@@ -1,0 +1,111 @@
+"""A pipeline of DVC with small stages that log into rows as the real ones do, and what tests do with it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rediffuse.tracking.store import connect
+
+PROJECT = Path(__file__).resolve().parents[1]
+# What in the environment steers DVC, MLflow or tracking.
+FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
+STAGES = ["prepare", "train_ddpm", "evaluate@ddpm"]
+
+STAGE = """
+import json, pathlib, sys
+import yaml
+from PIL import Image
+from rediffuse.figures.curves import write_curves
+from rediffuse.params import load_params
+from rediffuse.tracking.row import stage_run
+stage, params = sys.argv[1], load_params()
+with stage_run(stage, params, complete=stage == "evaluate@ddpm") as run:
+    if stage == "prepare":
+        folder = pathlib.Path("data/prepared")
+        folder.mkdir(parents=True)
+        (folder / "images.npy").write_bytes(bytes([params.seed]))
+        (folder / "manifest.json").write_text(json.dumps({"set": "toy", "classes": []}))
+    if stage == "train_ddpm":
+        import torch  # so that the environment is recorded
+        if pathlib.Path("stop").exists():
+            import os, signal
+            run.log_curve(5, {"ddpm/loss": 1.0})
+            os.kill(os.getpid(), signal.SIGKILL)
+        plots = pathlib.Path("metrics/plots/train_ddpm")
+        (plots / "images").mkdir(parents=True)
+        write_curves(plots / "training.csv", [{"images": seen, "loss": params.ddpm.T / seen} for seen in (10, 20)])
+        Image.new("L", (4, 4), params.ddpm.T % 256).save(plots / "images" / "noising.png")
+        pathlib.Path("metrics/train_ddpm.json").write_text(json.dumps({"loss": params.ddpm.T / 20}))
+        run.log_results(pathlib.Path("metrics/train_ddpm.json"), plots)
+    if stage == "evaluate@ddpm":
+        loss = json.loads(pathlib.Path("metrics/train_ddpm.json").read_text())["loss"]
+        pathlib.Path("metrics/evaluation").mkdir(parents=True, exist_ok=True)
+        pathlib.Path("metrics/evaluation/ddpm.json").write_text(json.dumps({"scores": {"fd": loss + params.evaluate.neighbours}}))
+        pathlib.Path("metrics/ddpm.json").write_text(json.dumps({"fd": loss + params.evaluate.neighbours}))
+        run.log_results(pathlib.Path("metrics"))
+"""
+PIPELINE = """
+stages:
+  prepare:
+    cmd: python stage.py prepare
+    deps: [raw.txt, stage.py]
+    params: [seed]
+    outs: [data/prepared]
+  train_ddpm:
+    cmd: python stage.py train_ddpm
+    deps: [data/prepared, stage.py]
+    params: [ddpm]
+    metrics: [{metrics/train_ddpm.json: {cache: false}}]
+    plots: [{metrics/plots/train_ddpm/training.csv: {cache: false}}, metrics/plots/train_ddpm/images]
+  evaluate:
+    foreach: [ddpm]
+    do:
+      cmd: python stage.py evaluate@${item}
+      deps: [metrics/train_ddpm.json, stage.py]
+      params: [evaluate]
+      metrics: [{metrics/ddpm.json: {cache: false}}]
+      plots: [{metrics/evaluation/ddpm.json: {cache: false}}]
+"""
+
+
+def run(root: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))}
+    environment |= {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(PROJECT / "src")}
+    environment |= {"DVC_NO_ANALYTICS": "1", **variables}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def make_repository(root: Path) -> None:
+    """A repository whose pipeline has run, and was committed, without tracking."""
+    root.mkdir()
+    (root / "stage.py").write_text(STAGE)
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / ".gitignore").write_text("/.mlflow/\n/stop\n__pycache__/\n")
+    shutil.copy(PROJECT / "params.yaml", root)
+    run(root, "git", "init", "-q", "-b", "main")
+    run(root, "dvc", "init", "-q")
+    (root / "raw.txt").write_text("raw data that DVC tracks")
+    run(root, "dvc", "add", "-q", "raw.txt")
+    run(root, "dvc", "repro", REDIFFUSE_TRACKING="off")
+    assert not (root / ".mlflow").exists()
+    run(root, "git", "add", ".")
+    run(root, "git", "commit", "-q", "-m", "results")
+
+
+def rows(root: Path) -> dict[str, Any]:
+    """The rows that are not superseded, by name."""
+    client = connect(f"sqlite:///{root}/.mlflow/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("rediffuse").experiment_id])
+    live = [row for row in found if row.data.tags["rediffuse.superseded"] == "false"]
+    assert len({row.info.run_name for row in live}) == len(live)
+    return {row.info.run_name: row for row in live}
+
+
+def numbers(row: Any) -> dict[str, float]:
+    return {name: value for name, value in row.data.metrics.items() if not name.startswith(("seconds/", "system/"))}
