@@ -175,9 +175,17 @@ def test_repro_leaves_one_row_with_parameters_metrics_curves_and_pictures(checko
     assert records == {"reference.json", "vae.json", "ddpm.json"}
 
 
-def test_a_forced_repro_without_tracking_gives_the_same_lock_byte_for_byte(checkout):
+def test_the_row_is_rebuilt_exactly_in_a_fresh_clone_that_does_not_track(checkout):
     before = (checkout / "dvc.lock").read_bytes()
-    assert stages_run(run(checkout, "dvc", "repro", "-f", REDIFFUSE_TRACKING="off").stdout) == STAGES
+    row = rows(checkout)[1][0]
+    done = run(checkout, "rediffuse", "rebuild", row.info.run_id)
+    assert stages_run(done.stderr) == STAGES
+    assert done.stdout.splitlines()[-1] == "exact"
+    outputs = [out["path"] for stage in yaml.safe_load(before)["stages"].values() for out in stage["outs"]]
+    compared = [line for line in done.stdout.splitlines() if line.endswith("same")]
+    assert len(compared) == len(outputs) and all(any(out in line.split() for line in compared) for out in outputs)
+    (row,) = rows(checkout)[1]
+    assert row.data.tags["rebuild.verdict"] == "exact"
     assert (checkout / "dvc.lock").read_bytes() == before
     assert run(checkout, "git", "status", "--porcelain").stdout == ""
 
@@ -212,8 +220,8 @@ def test_the_row_of_an_experiment_is_complete_though_most_stages_were_cached(che
     row, base = by_name["longer"], found[0]
     assert row.data.params["ddpm.T"] == "1000"
     assert row.data.params["ddpm.training.lr"] == "1e-05"
-    names = {name for name in base.data.metrics if not name.startswith("seconds/")}
-    assert names == {name for name in row.data.metrics if not name.startswith("seconds/")}
+    names, base_names = ({name for name in r.data.metrics if not name.startswith(("seconds/", "system/"))} for r in (row, base))
+    assert names == base_names
     assert row.data.metrics[f"vae/{INSTRUMENT}/fd"] == base.data.metrics[f"vae/{INSTRUMENT}/fd"]
     assert row.data.metrics[f"ddpm/{INSTRUMENT}/fd"] == numbers(checkout)["ddpm.json"][INSTRUMENT]["fd"]
     assert pictures(client, row) == PICTURES

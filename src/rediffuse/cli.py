@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -82,3 +83,148 @@ def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | No
     if refused:
         verdict = "a part may not be compared" if comparable else "these rows may not be compared, so no numbers are shown"
         raise UserError("\n".join([verdict, *refused]))
+
+
+@main.command()
+@click.option("--all", "every", is_flag=True, help="All experiments, not only those on the commit that is checked out.")
+def sync(every: bool) -> None:
+    """Complete the rows in MLflow from what DVC knows; doing it again changes nothing.
+
+    A stage that DVC finds up to date starts no process, so nobody logs for it; an experiment gets its commit, and dvc.lock its last
+    entry, when the last process has ended; a server may have been away, a process killed, an experiment pulled from a remote.  Run
+    this afterwards and every row is complete.  `make repro` does.
+
+    \b
+    Examples:
+      dvc exp run -S ddpm.T=1000 && rediffuse sync
+      dvc exp pull origin my-experiment && rediffuse sync --all
+    """
+    from rediffuse.tracking.sync import sync as sync_rows
+
+    for outcome in sync_rows(every=every):
+        click.echo(f"{outcome.name}  {outcome.run_id}  {outcome.what}")
+
+
+@main.command()
+@click.argument("output")
+@click.option("--model", default="ddpm", show_default=True, help="ddpm or vae of the checkout, a folder, or models:/NAME@ALIAS.")
+@click.option("--label", metavar="CLASS", help="Name or index of the class; without it the classes take turns.")
+@click.option("-n", "--number", "n", type=int, default=16, show_default=True, help="How many images.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Image i of a seed and a class is always the same.")
+@click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpm-solver++", "heun"]), help="Of the DDPM.")
+@click.option("--steps", type=int, help="Of the DDPM's sampler, at most its T.")
+@click.option("--guidance-scale", type=float, help="Of the DDPM; 1: as trained.")
+def generate(
+    output: str, model: str, label: str | None, n: int, seed: int, sampler: str | None, steps: int | None, guidance_scale: float | None
+) -> None:
+    """Draw images: OUTPUT.png is one grid, OUTPUT.npz holds arrays, anything else is a new folder of PNGs.
+
+    \b
+    Example:
+      rediffuse generate --label "ankle boot" -n 16 out.png
+    """
+    from rediffuse.commands.generate import generate as draw
+
+    click.echo(draw(model, output, n=n, seed=seed, label=label, sampler=sampler, steps=steps, guidance_scale=guidance_scale))
+
+
+@main.command()
+@click.argument("name", metavar="ROW_OR_VERSION")
+@click.option("--model", type=click.Choice(["ddpm", "vae"]), default="ddpm", show_default=True)
+@click.option("--alias", default="champion", show_default=True)
+def promote(name: str, model: str, alias: str) -> None:
+    """Move the alias of a registered model to the version of a row, or to a version by its number.
+
+    \b
+    Example:
+      rediffuse promote tidy-ox
+    """
+    from rediffuse.commands.promote import promote as move
+
+    click.echo(move(name, model, alias))
+
+
+@main.command()
+@click.argument("row", metavar="RUN")
+@click.option("--stage", metavar="STAGE", help="Only this stage of dvc.yaml; its inputs are taken from DVC's cache, and checked.")
+@click.option("--keep", is_flag=True, help="Leave the clone, and say where it is; a failed stage can be looked into there.")
+def rebuild(row: str, stage: str | None, keep: bool) -> None:
+    """Make the results of a row again, in a fresh clone, and compare every hash and every number.
+
+    RUN is the id or the name of an MLflow run.  Its revision is the experiment's commit, or its ref here or on a git remote, or
+    the commit it started from with the row's code.diff and params.yaml.  The clone has a DVC cache of its own and takes raw data
+    only.  Nothing runs unless parameters, dvc.yaml, code and data are those of the row; what differs is named.
+
+    The verdict is the last line, a tag of the row (rebuild.verdict), and the exit status:
+
+    \b
+      0  exact              every output has the recorded hash
+      3  exact-env-differs  so it has, though the environment is of another class
+      4  diverged           an output or a number differs; the first stage is named
+      1  an error, or a refusal: nothing was compared
+
+    \b
+    Examples:
+      rediffuse rebuild tidy-ox
+      rediffuse rebuild 3f2a9c0d41e84c5f8f0c1a2b3c4d5e6f --keep
+      rediffuse rebuild tidy-ox --stage evaluate@ddpm
+    """
+    from rediffuse.commands import rebuild as command
+    from rediffuse.commands.verdict import STATUS
+
+    _complete_rows()
+    raise SystemExit(STATUS[command.rebuild(row, stage, keep=keep)])
+
+
+@main.command()
+@click.argument("row", metavar="RUN")
+@click.option("--branch", metavar="NAME", help="The branch; kept/<name of the row> unless given.")
+@click.option("--remote", metavar="REMOTE", help="The git remote; origin, or the only one, unless given.")
+def keep(row: str, branch: str | None, remote: str | None) -> None:
+    """Keep what a row shows: make it a branch, and push branch, experiment and data to the remotes.
+
+    It then outlives `dvc exp remove`, `dvc gc` and this machine.  RUN is the id or the name of an MLflow run.  The results of a
+    plain `dvc repro` are looked for in the history, and else saved from the checkout (`dvc exp save`), if they are still there.
+    Data go to DVC's default remote.
+
+    Without a remote the rest is done, and what is missing is said.  The exit status is 1 if something could not be done: no commit
+    has the results, the branch is another already, or a remote does not take them.  Keeping twice does nothing new.
+
+    \b
+    Examples:
+      rediffuse keep tidy-ox
+      rediffuse keep tidy-ox --branch kept/wide-unet --remote origin
+    """
+    from rediffuse.commands import keep as command
+
+    _complete_rows()
+    command.keep(row, branch, remote)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Look for what silently breaks reproducibility, and say how to mend it.
+
+    FAIL: results come out wrong or cannot be rebuilt.  warn: may cost a result or its proof.  The exit status is 1 if anything is a
+    FAIL.
+
+    \b
+    Example:
+      rediffuse doctor
+    """
+    from rediffuse.commands.doctor import doctor as examine
+    from rediffuse.commands.doctor import failed, to_json, to_text
+
+    groups = examine()
+    click.echo(json.dumps(to_json(groups), indent=2, ensure_ascii=False) if as_json else to_text(groups))
+    ctx.exit(1 if failed(groups) else 0)
+
+
+def _complete_rows() -> None:
+    """What a row records is final only after a sync.  Where that fails, the command itself says what it lacks."""
+    from rediffuse.tracking.sync import sync as sync_rows
+
+    with contextlib.suppress(UserError):
+        sync_rows()

@@ -5,32 +5,26 @@ A name is looked for in this order, and the first place that knows it counts:
 1. `workspace`: the files of the checkout;
 2. a git revision: branch, tag, commit, HEAD~1 (the records are tracked by git, so nothing is fetched or checked out);
 3. a DVC experiment, as `dvc exp show` names it: kept by git under refs/exps/<baseline>/<name>;
-4. an MLflow run, by its id or its name: the record is an artifact of it.  MLflow is imported only now, which takes 1.4 s.
+4. an MLflow run, by its id or its name: the record is an artifact of it; of several attempts, of the one that is not superseded.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rediffuse.commands.rows import NotInStoreError, artifacts, download, look_up
 from rediffuse.errors import UserError
-from rediffuse.tracking.store import EXPERIMENT, checkout_root, connect, repository_root, tracking_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as MlflowRun
+from rediffuse.tracking.store import checkout_root
 
 MODELS = ("vae", "ddpm")
 FOLDER = "metrics/evaluation"
-PASSWORD = re.compile(r"//[^/@\s]*@")  # and the user's name, in the address of a store
 
 Record = dict[str, Any]
 
@@ -205,42 +199,12 @@ def _committed(commit: str, name: str) -> dict[str, bytes]:
 
 
 def _in_mlflow(name: str) -> tuple[str, dict[str, bytes]]:
-    root = repository_root()
-    uri = tracking_uri(root)
-    shown = PASSWORD.sub("//", uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise _UnknownNameError(f"MLflow: there is no store yet ({shown})")  # opening it would make one
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        client = connect(uri)
-        run = _mlflow_run(client, name, shown)
-        return f"MLflow run {run.info.run_id}", _existing(_artifacts(client, run), name, "the run did not get as far as stage evaluate")
-    except (UserError, _UnknownNameError):
-        raise
-    except Exception as error:  # MLflow raises what its database, server or file system raise
-        reason = PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))
-        raise _UnknownNameError(f"MLflow: {shown} cannot be read ({reason[:300]})") from None
-
-
-def _mlflow_run(client: MlflowClient, name: str, shown: str) -> MlflowRun:
-    """The run of this id or name in the project's experiment."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    ids = [experiment.experiment_id] if experiment else []
-    quote = '"' if "'" in name else "'"  # MLflow's filters know no escape
-    wanted = [f"attributes.{key} = {quote}{name}{quote}" for key in ("run_id", "run_name")] if quote not in name else []
-    runs = [run for query in wanted if ids for run in client.search_runs(ids, query)]
-    if not runs:
-        raise _UnknownNameError(f"MLflow: no run of this id or name ({shown})")
-    if len(runs) > 1:
-        started = [f"{datetime.fromtimestamp(run.info.start_time / 1000, UTC):%Y-%m-%d %H:%M}" for run in runs]
-        listed = "".join(f"\n  {run.info.run_id}, {run.info.status}, {when} UTC" for run, when in zip(runs, started, strict=True))
-        raise UserError(f"several MLflow runs are called {name!r}; give the id of the one that is meant:{listed}")
-    return runs[0]
-
-
-def _artifacts(client: MlflowClient, run: MlflowRun) -> dict[str, bytes]:
-    """The records among the artifacts of the run."""
-    there = [artifact.path for artifact in client.list_artifacts(run.info.run_id, FOLDER)]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {model: f"{FOLDER}/{model}.json" for model in MODELS if f"{FOLDER}/{model}.json" in there}
-        return {model: Path(client.download_artifacts(run.info.run_id, path, folder)).read_bytes() for model, path in paths.items()}
+        client, row = look_up(name)
+        there = artifacts(client, row, FOLDER)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {model: f"{FOLDER}/{model}.json" for model in MODELS if f"{FOLDER}/{model}.json" in there}
+            files = {model: download(client, row, path, Path(folder)).read_bytes() for model, path in paths.items()}
+    except NotInStoreError as unknown:
+        raise _UnknownNameError(f"MLflow: {unknown}") from None
+    return f"MLflow run {row.info.run_id}", _existing(files, name, "the run did not get as far as stage evaluate")

@@ -1,0 +1,177 @@
+"""A small repository for the tests of rebuild and keep: three stages, raw data of both kinds, experiments, and rows by the contract.
+
+The stages need nothing but the standard library.  Everything else is real: git, DVC, MLflow's store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rediffuse.tracking.store import connect, experiment_id
+
+PREPARE = """
+from pathlib import Path
+numbers = Path("data/raw/numbers.txt").read_text() + Path("data/extra.csv").read_text()
+Path("data/prepared").mkdir()
+Path("data/prepared/numbers.txt").write_text(numbers)
+"""
+TRAIN = """
+import os
+from pathlib import Path
+from stages.model import SLOPE
+settings = dict(line.split(": ") for line in Path("params.yaml").read_text().splitlines() if not line.endswith(":"))
+scale, chance = float(settings["  scale"]), settings["  chance"] == "true"
+total = sum(map(float, Path("data/prepared/numbers.txt").read_text().split()))
+if settings["  broken"] == "true":
+    raise SystemExit("the toy is broken")
+if settings["  slow"] == "true":
+    import time
+    Path(os.environ["TOY_STARTED"]).touch()
+    time.sleep(60)
+value = SLOPE * scale * total + (int.from_bytes(os.urandom(4), "little") / 2**32 if chance else 0.0)
+Path("data/model.txt").write_text(repr(value))
+"""
+EVALUATE = """
+import json
+from pathlib import Path
+value = float(Path("data/model.txt").read_text())
+folder = Path("metrics/evaluation")
+folder.mkdir(parents=True, exist_ok=True)
+spread = {"mean": value, "std": 0.25, "values": [value - 0.25, value, value + 0.25]}
+record = {"model": "toy", "instruments": {"cnn": {"scores": {"fd": spread}}}}
+(folder / "toy.json").write_text(json.dumps(record))
+Path("metrics/toy.json").write_text(json.dumps({"n": 3, "cnn": {"fd": value}}))
+"""
+PARAMS = "seed: 1\ntrain:\n  scale: 2.0\n  chance: false\n  slow: false\n  broken: false\n"
+PIPELINE: dict[str, Any] = {
+    "stages": {
+        "prepare": {
+            "cmd": "python -m stages.prepare",
+            "deps": ["stages/prepare.py", "data/extra.csv"],
+            "params": ["seed"],
+            "outs": ["data/prepared"],
+        },
+        "train": {
+            "cmd": "python -m stages.train",
+            "deps": ["data/prepared", "stages/train.py", "stages/model.py"],
+            "params": ["train"],
+            "outs": ["data/model.txt"],
+        },
+        "evaluate": {
+            "cmd": "python -m stages.evaluate",
+            "deps": ["data/model.txt", "stages/evaluate.py"],
+            "outs": [{"metrics/evaluation/toy.json": {"cache": False}}],
+            "metrics": [{"metrics/toy.json": {"cache": False}}],
+        },
+    }
+}
+EXPERIMENTS = {"larger": ["-S", "train.scale=3.0"], "chance": ["-S", "train.chance=true"]}
+FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "GIT_DIR")
+
+
+def git(root: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"]
+    return subprocess.run(["git", *who, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def make_repository(root: Path) -> None:
+    """A commit with results, and EXPERIMENTS on it.  The working directory is clean afterwards."""
+    for folder in ("stages", "data/raw"):
+        (root / folder).mkdir(parents=True)
+    for name, text in {"__init__": "", "model": "SLOPE = 1.0\n", "prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE}.items():
+        (root / "stages" / f"{name}.py").write_text(text)
+    (root / "params.yaml").write_text(PARAMS)
+    (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
+    (root / ".gitignore").write_text("/.mlflow/\n/data/raw/\n__pycache__/\n")
+    (root / ".dvcignore").write_text("/data/raw\n__pycache__\n")
+    (root / "data/raw/numbers.txt").write_text("1 2 3 ")
+    (root / "data/extra.csv").write_text("4\n")
+    git(root, "init", "-q")
+    git(root, "config", "user.name", "test")
+    git(root, "config", "user.email", "test@example.org")
+    dvc(root, "init", "-q")
+    dvc(root, "add", "-q", "data/extra.csv")
+    dvc(root, "repro")
+    commit(root, "results")
+    for name, settings in EXPERIMENTS.items():
+        dvc(root, "exp", "run", "-n", name, *settings)
+        git(root, "checkout", "-q", ".")
+    dvc(root, "checkout", "-f")
+
+
+def commit(root: Path, message: str) -> str:
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", message)
+    return git(root, "rev-parse", "HEAD")
+
+
+def copy_repository(base: Path, root: Path, empty_store: Path) -> None:
+    """A copy with an empty store."""
+    shutil.copytree(base, root, symlinks=True)
+    (root / ".mlflow").mkdir()
+    shutil.copy(empty_store, root / ".mlflow" / "mlflow.db")
+
+
+def client(root: Path) -> Any:
+    return connect(f"sqlite:///{root}/.mlflow/mlflow.db")
+
+
+def experiment_ref(root: Path, name: str) -> str:
+    """The ref of the experiment of this name on the commit that is checked out."""
+    head = git(root, "rev-parse", "HEAD")
+    return f"refs/exps/{head[:2]}/{head[2:]}/{name}"
+
+
+def add_row(
+    root: Path, name: str, *, experiment: bool = False, files: dict[str, bytes] | None = None, metrics: bool = True, **tags: str
+) -> str:
+    """A row for the experiment of this name, or for a plain `dvc repro` of HEAD, as the pipeline writes it; its id.
+
+    files: artifacts that differ from those of the commit; an empty one is left out.  tags: with "." written as "__".
+    """
+    store = client(root)
+    head = git(root, "rev-parse", "HEAD")
+    revision = git(root, "rev-parse", experiment_ref(root, name)) if experiment else head
+    about = {"mlflow.source.git.commit": head, "git.dirty": "false"}
+    if experiment:
+        about |= {"dvc.baseline": head, "dvc.exp_name": name, "dvc.exp_ref": experiment_ref(root, name), "dvc.exp_rev": revision}
+    about |= {tag.replace("__", "."): value for tag, value in tags.items()}
+    run = store.create_run(experiment_id(store, str(store.tracking_uri), root), run_name=name, tags={k: v for k, v in about.items() if v})
+
+    def show(path: str) -> bytes:
+        return subprocess.run(["git", "show", f"{revision}:{path}"], cwd=root, check=True, capture_output=True).stdout
+
+    there = {f"recipe/{path}": show(path) for path in ("params.yaml", "dvc.yaml", "dvc.lock")}
+    there |= {path: show(path) for path in ("metrics/toy.json", "metrics/evaluation/toy.json")}
+    for path, content in (there | (files or {})).items():
+        if content:
+            store.log_text(run.info.run_id, content.decode(), path)
+    settings = yaml.safe_load((there | (files or {}))["recipe/params.yaml"])
+    store.log_param(run.info.run_id, "seed", settings["seed"])
+    for key, value in settings["train"].items():
+        store.log_param(run.info.run_id, f"train.{key}", value)
+    if metrics:
+        numbers = json.loads(there["metrics/toy.json"])
+        store.log_metric(run.info.run_id, "toy/n", numbers["n"])
+        store.log_metric(run.info.run_id, "toy/cnn/fd", numbers["cnn"]["fd"])
+    return str(run.info.run_id)
+
+
+def tags_of(root: Path, row: str) -> dict[str, str]:
+    return dict(client(root).get_run(row).data.tags)
