@@ -42,7 +42,7 @@ lint: environment
 
 ui: environment
 	@mkdir -p .mlflow
-	@echo 'Charts and pictures: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART'
+	@echo 'Charts and pictures: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=compare'
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri '$(TRACKING)' --default-artifact-root '$(CURDIR)/.mlflow/artifacts' --no-serve-artifacts
 

@@ -8,6 +8,9 @@
 Tracking changes no byte of an output and fails no stage.  On the first error (server down, disk full, read-only) it says so in
 one line on stderr and is off for the rest of the stage; `rediffuse sync` adds afterwards what was missed.
 REDIFFUSE_TRACKING=off switches it off altogether.
+
+Importing MLflow takes as long as importing PyTorch, so the row is opened in a thread while the stage begins to work.  Only that:
+everything else is sent from the thread of the stage.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from rediffuse.params import Params, flatten
 from rediffuse.tracking.attempts import claim, place_of, stage_tag
-from rediffuse.tracking.identity import identify
-from rediffuse.tracking.store import checkout_root, connect, experiment_id, repository_root, row_lock, tracking_uri, warn
+from rediffuse.tracking.identity import Identity, identify
+from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri, warn
 from rediffuse.tracking.writer import RowWriter, shorten
 
 if TYPE_CHECKING:
@@ -87,8 +90,10 @@ def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concat
 class Run:
     """What a stage adds to the row.  No method raises because of tracking; each may be called many times."""
 
-    _writer: RowWriter
+    _row: RowWriter
     _system: SystemMetrics | None = None
+    _opening: threading.Thread | None = None
+    _failure: Exception | None = None  # of the thread
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
@@ -96,86 +101,112 @@ class Run:
         self._off = os.environ.get("REDIFFUSE_TRACKING", "").lower() == "off" or os.environ.get("RANK", "0") != "0"
         self._guarded = False
         self._began = time.perf_counter()
+        self._early: list[tuple[int, dict[str, float]]] = []  # points of curves from before the row was open
 
     @_never_fails
     def log_curve(self, images_seen: int, values: dict[str, float]) -> None:
         """Points of curves named "model/quantity", such as ddpm/loss, at this number of images.  Sent in batches."""
-        if self._writer.due():
+        if self._opening and self._opening.is_alive():
+            self._early.append((images_seen, values))
+            return
+        writer = self._open_row()
+        if writer.due():
             self._take_system_metrics()
-        self._writer.log_curve(images_seen, values)
+        writer.log_curve(images_seen, values)
 
     @_never_fails
     def log_metrics(self, values: dict[str, float]) -> None:
         """Final numbers, without a step.  A value that differs from the row's replaces it."""
-        self._writer.log_metrics(values)
+        self._open_row().log_metrics(values)
 
     @_never_fails
     def log_results(self, *places: Path) -> None:
         """What the stage has written under metrics/, files or whole folders; names in the row are made by results.py."""
-        self._writer.log_results(*places)
+        self._open_row().log_results(*places)
 
     @_never_fails
     def log_image(self, key: str, step: int, image: Path) -> None:
         """A PNG, shown by MLflow in an image grid: rows side by side for the same key and step."""
-        self._writer.log_image(key, step, image)
+        self._open_row().log_image(key, step, image)
 
     @_never_fails
     def log_file(self, path: Path, folder: str) -> None:
         """A file as an artifact of the row, under the folder."""
-        self._writer.log_file(path, folder)
+        self._open_row().log_file(path, folder)
 
     @_never_fails
     def _start(self, params: dict[str, Any]) -> None:
+        root = repository_root()
+        identity = identify(checkout_root(), params)  # now: the code may be edited while the stage runs
+        self._opening = threading.Thread(target=self._open, args=(root, tracking_uri(root), identity, params), daemon=True)
+        self._opening.start()
+
+    def _open(self, root: Path, uri: str, identity: Identity, params: dict[str, Any]) -> None:
+        try:
+            self._find_row(root, uri, identity, params)
+        except Exception as error:
+            self._failure = error
+
+    def _find_row(self, root: Path, uri: str, identity: Identity, params: dict[str, Any]) -> None:
         from rediffuse.tracking.system import SystemMetrics
 
-        root = repository_root()
-        uri = tracking_uri(root)
+        import_mlflow()
         # MLflow makes a new database, an experiment and a run without a lock: two processes would collide or make two rows.
         with row_lock(root):
             client = connect(uri)
-            identity = identify(checkout_root(), params)
-            row = claim(client, experiment_id(client, uri, root), identity, params, self._stage, place_of(root))
-            self._writer = RowWriter(client, row)
-            self._writer.set_params(params)
-            running = {stage_tag(self._stage, "status"): "running", "rediffuse.process": _this_process()}
-            if (error := stage_tag(self._stage, "error")) in self._writer.tags:
+            row = RowWriter(client, claim(client, experiment_id(client, uri, root), identity, params, self._stage, place_of(root)))
+            row.set_params(params)
+            running = {stage_tag(self._stage, "status"): "running", "rediffuse.process": _this_process(root)}
+            if (error := stage_tag(self._stage, "error")) in row.tags:
                 running[error] = ""
-            self._writer.set_tags(identity.tags | running)
-            self._writer.set_status("RUNNING")
+            row.set_tags(identity.tags | running)
+            row.set_status("RUNNING")
         if identity.code_diff:
-            self._writer.log_content("recipe/code.diff", identity.code_diff)
-        self._system = SystemMetrics()
+            row.log_content("recipe/code.diff", identity.code_diff)
+        self._row, self._system = row, SystemMetrics()
+
+    def _open_row(self) -> RowWriter:
+        """The row, when it is open.  Raises what went wrong while it was opened."""
+        if self._opening:
+            self._opening.join()
+            self._opening = None
+            if self._failure:
+                raise self._failure
+            for images_seen, values in self._early:
+                self._row.log_curve(images_seen, values)
+        return self._row
 
     @_never_fails
     def _end(self, error: BaseException | None) -> None:
         from rediffuse.tracking.sync import log_environment, log_recipe
 
+        row = self._open_row()
         if self._system:
             self._system.stop()
         self._take_system_metrics()
         if error is None:
-            self._writer.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
-            log_recipe(self._writer, checkout_root())
+            row.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
+            log_recipe(row, checkout_root())
         if "torch" in sys.modules:  # else the stage computes nothing that hangs on it, and importing it takes seconds
-            log_environment(self._writer, self._stage)
-        self._writer.close()
-        self._writer.set_tags({stage_tag(self._stage, "status"): "failed" if error else "finished"})
+            log_environment(row, self._stage)
+        row.close()
+        row.set_tags({stage_tag(self._stage, "status"): "failed" if error else "finished"})
         if error:
-            self._writer.set_tags({stage_tag(self._stage, "error"): f"{type(error).__name__}: {error}"})
-        self._writer.set_status("FAILED" if error else "FINISHED")
+            row.set_tags({stage_tag(self._stage, "error"): f"{type(error).__name__}: {error}"})
+        row.set_status("FAILED" if error else "FINISHED")
 
     @_never_fails
     def _complete(self) -> None:
         from rediffuse.tracking.lineage import lineage_of_checkout
         from rediffuse.tracking.sync import complete
 
-        complete(self._writer, lineage_of_checkout(checkout_root(), running=self._stage))
+        complete(self._open_row(), lineage_of_checkout(checkout_root(), running=self._stage))
 
     def _take_system_metrics(self) -> None:
         for at, values in self._system.take() if self._system else ():
-            since = at - self._writer.row.info.start_time / 1000
+            since = at - self._row.row.info.start_time / 1000
             for name, value in values.items():
-                self._writer.add_point(name, round(since), value)
+                self._row.add_point(name, round(since), value)
 
     def _give_up(self, error: Exception) -> None:
         self._off = True
@@ -185,11 +216,11 @@ class Run:
         warn(f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later): {reason}")
 
 
-def _this_process() -> str:
+def _this_process(root: Path) -> str:
     """This process, so that `sync` can tell whether it still runs."""
     import psutil
 
-    return f"{place_of(repository_root())} {os.getpid()} {psutil.Process().create_time():.2f}"
+    return f"{place_of(root)} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 @contextmanager

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rediffuse.tracking.views import view_tags
+
 if TYPE_CHECKING:
     from filelock import FileLock
     from mlflow import MlflowClient
 
 EXPERIMENT = "rediffuse"  # MLflow's name for the table that all rows of this project stand in
-LOCK_SECONDS = 60.0  # as long as a row may take to be found or made by another process
+LOCK_SECONDS = 180.0  # as long as others may take to make the store (5 s of work, once, on a machine that is perhaps busy) and rows
 
 
 def repository_root() -> Path:
@@ -60,23 +62,27 @@ def row_lock(root: Path) -> FileLock:
     return FileLock(path, timeout=LOCK_SECONDS)
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the store, which fails within seconds where MLflow would try for minutes.
-
-    Importing MLflow takes 1.4 s, opening a store 0.5 s, and creating one some seconds, once.
-    """
+def import_mlflow() -> None:
+    """Import MLflow, set to tell nobody what is run here and to fail within seconds where it would try for minutes.  Takes 1.4 s."""
     # A stage must not wait long for a server that is down: MLflow's own defaults are 7 retries of 120 s.
-    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "5", "BACKOFF_FACTOR": "1"}.items():
+    # Without jitter, because that is drawn from Python's global random numbers.
+    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "5", "BACKOFF_FACTOR": "1", "BACKOFF_JITTER": "0"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while MLflow is imported
     os.environ["DO_NOT_TRACK"] = "true"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow.store.db.utils
-    from mlflow import MlflowClient
 
     mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # the default of 10 waits 101 s for a database that cannot be opened
     for noisy in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # they tell each retry; we tell the outcome, once
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store.  Opening one takes 0.5 s, creating one some seconds, once."""
+    import_mlflow()
+    from mlflow import MlflowClient
+
     return MlflowClient(tracking_uri=uri)
 
 
@@ -86,12 +92,16 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
     A server decides itself where artifacts go.  For a database the place is given: MLflow's default is ./mlruns of whichever
     working directory came first, which may be a temporary workspace.
     """
+    view = view_tags()  # of the page that compares rows
     if found := client.get_experiment_by_name(EXPERIMENT):
+        for tag in view.keys() - found.tags.keys():  # a view that the user has saved over it stays
+            client.set_experiment_tag(found.experiment_id, tag, view[tag])
         return str(found.experiment_id)
     local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
     location = (root / ".mlflow" / "artifacts").as_uri() if local else None
     # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}))
+    tags = view | {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
 
 
 def warn(text: str) -> None:

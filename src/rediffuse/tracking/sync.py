@@ -19,7 +19,7 @@ from rediffuse.params import flatten, load_params
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
 from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, git, identify, identify_experiment
 from rediffuse.tracking.lineage import Lineage, lineage_of_checkout, lineage_of_commit
-from rediffuse.tracking.store import checkout_root, connect, experiment_id, repository_root, row_lock, tracking_uri
+from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri
 from rediffuse.tracking.writer import RowWriter
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def sync(*, every: bool = False) -> list[Outcome]:
     except FileNotFoundError as error:
         raise UserError(f"{error}; change into the checkout of rediffuse") from None
     uri = tracking_uri(root)
+    import_mlflow()
     try:
         with row_lock(root):
             client = connect(uri)
