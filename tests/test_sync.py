@@ -9,8 +9,9 @@ import pytest
 from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
 
 from rediffuse.errors import UserError
+from rediffuse.tracking.identity import experiments
 from rediffuse.tracking.store import connect
-from rediffuse.tracking.sync import Outcome, experiments, sync
+from rediffuse.tracking.sync import Outcome, sync
 
 NUMBERS = {"train_ddpm/loss": 25.0, "ddpm/loss": 25.0, "ddpm/fd": 28.0}  # of the default parameters: T = 500, neighbours = 3
 

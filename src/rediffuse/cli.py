@@ -101,8 +101,11 @@ def sync(every: bool) -> None:
     """
     from rediffuse.tracking.sync import sync as sync_rows
 
-    for outcome in sync_rows(every=every):
+    outcomes = sync_rows(every=every)
+    for outcome in outcomes:
         click.echo(f"{outcome.name}  {outcome.run_id}  {outcome.what}")
+    if not outcomes:
+        click.echo("nothing to complete")
 
 
 @main.command()

@@ -11,7 +11,6 @@ A name is looked for in this order, and the first place that knows it counts:
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from rediffuse.commands.rows import NotInStoreError, artifacts, download, look_up
 from rediffuse.errors import UserError
+from rediffuse.tracking.identity import experiments
 from rediffuse.tracking.store import checkout_root
 
 MODELS = ("vae", "ddpm")
@@ -178,12 +178,10 @@ def _in_experiments(name: str) -> tuple[str, dict[str, bytes]]:
 
 
 def _experiments() -> dict[str, dict[str, str]]:
-    """{name: {baseline: commit}}.  DVC's own refs below refs/exps (exec, stash, celery, ...) have no baseline in their names."""
+    """{name: {baseline: commit}}."""
     found = dict[str, dict[str, str]]()
-    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").decode(errors="replace").splitlines():
-        if match := re.fullmatch(r"([0-9a-f]+) refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/]+)", line):
-            commit, folder, rest, name = match.groups()
-            found.setdefault(name, {})[folder + rest] = commit
+    for (baseline, name), commit in experiments(_root()).items():
+        found.setdefault(name, {})[baseline] = commit
     return found
 
 

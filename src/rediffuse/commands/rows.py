@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rediffuse.errors import UserError
+from rediffuse.tracking.identity import PASSWORD
 from rediffuse.tracking.store import EXPERIMENT, connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-
-PASSWORD = re.compile(r"//[^/@\s]*@")  # and the user's name, in the address of a store
 
 
 class NotInStoreError(Exception):

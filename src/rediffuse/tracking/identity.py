@@ -95,6 +95,16 @@ def code_diff_between(root: Path, commit: str, later: str) -> bytes:
     return git_bytes(root, *DIFF, commit, later, "--", *CODE)
 
 
+def experiments(root: Path) -> dict[tuple[str, str], str]:
+    """{(baseline, name): commit} of DVC's experiments.  Its own refs below refs/exps (exec, stash, celery, ...) name no baseline."""
+    found = {}
+    for line in git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
+        if match := re.fullmatch(r"([0-9a-f]+) refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/]+)", line):
+            commit, start, rest, name = match.groups()
+            found[start + rest, name] = commit
+    return found
+
+
 def _origin(root: Path, commit: str, diff: bytes) -> dict[str, str]:
     branch = git(root, "rev-parse", "--abbrev-ref", "HEAD")
     return {

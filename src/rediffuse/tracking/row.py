@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from rediffuse.params import Params, flatten
 from rediffuse.tracking.attempts import claim, place_of, stage_tag
-from rediffuse.tracking.identity import Identity, identify
+from rediffuse.tracking.identity import PASSWORD, Identity, identify
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri, warn
 from rediffuse.tracking.writer import RowWriter, shorten
 
@@ -212,7 +212,7 @@ class Run:
         self._off = True
         if self._system:
             self._system.stop()
-        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400)
+        reason = PASSWORD.sub("//", shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400))
         warn(f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later): {reason}")
 
 

@@ -66,11 +66,12 @@ def import_mlflow() -> None:
     """Import MLflow, set to tell nobody what is run here and to fail within seconds where it would try for minutes.  Takes 1.4 s."""
     # A stage must not wait long for a server that is down: MLflow's own defaults are 7 retries of 120 s.
     # Without jitter, because that is drawn from Python's global random numbers.
-    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "5", "BACKOFF_FACTOR": "1", "BACKOFF_JITTER": "0"}.items():
+    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "4", "BACKOFF_FACTOR": "1", "BACKOFF_JITTER": "0"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while MLflow is imported
     os.environ["DO_NOT_TRACK"] = "true"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow.store.db.utils
 
     mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # the default of 10 waits 101 s for a database that cannot be opened
@@ -92,16 +93,22 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
     A server decides itself where artifacts go.  For a database the place is given: MLflow's default is ./mlruns of whichever
     working directory came first, which may be a temporary workspace.
     """
+    from mlflow.exceptions import MlflowException
+
     view = view_tags()  # of the page that compares rows
-    if found := client.get_experiment_by_name(EXPERIMENT):
-        for tag in view.keys() - found.tags.keys():  # a view that the user has saved over it stays
-            client.set_experiment_tag(found.experiment_id, tag, view[tag])
-        return str(found.experiment_id)
-    local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
-    location = (root / ".mlflow" / "artifacts").as_uri() if local else None
-    # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
-    tags = view | {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
+    if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
+        local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
+        location = (root / ".mlflow" / "artifacts").as_uri() if local else None
+        # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
+        tags = view | {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
+        except MlflowException:  # another checkout, which shares the store and not the lock, may just have made it
+            if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
+                raise
+    for tag in view.keys() - found.tags.keys():  # a view that the user has saved over it stays
+        client.set_experiment_tag(found.experiment_id, tag, view[tag])
+    return str(found.experiment_id)
 
 
 def warn(text: str) -> None:

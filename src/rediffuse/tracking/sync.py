@@ -7,6 +7,7 @@ The last stage of a run calls `complete` as far as it can; `rediffuse sync` does
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
-from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, git, identify, identify_experiment
+from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, experiments, git, identify, identify_experiment
 from rediffuse.tracking.lineage import Lineage, lineage_of_checkout, lineage_of_commit
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri
 from rediffuse.tracking.writer import RowWriter
@@ -57,6 +58,7 @@ def sync(*, every: bool = False) -> list[Outcome]:
     except FileNotFoundError as error:
         raise UserError(f"{error}; change into the checkout of rediffuse") from None
     uri = tracking_uri(root)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # nobody's training waits: a model may take its time to a slow server
     import_mlflow()
     try:
         with row_lock(root):
@@ -124,16 +126,6 @@ def log_environment(writer: RowWriter, stage: str) -> None:
     writer.set_tags({stage_tag(stage, "environment"): digest})
 
 
-def experiments(root: Path) -> dict[tuple[str, str], str]:
-    """{(baseline, name): commit} of DVC's experiments.  Its own refs below refs/exps (exec, stash, celery, ...) name no baseline."""
-    found = {}
-    for line in git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
-        if match := re.fullmatch(r"([0-9a-f]+) refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/]+)", line):
-            commit, start, rest, name = match.groups()
-            found[start + rest, name] = commit
-    return found
-
-
 def _sync_experiment(store: _Store, baseline: str, name: str, commit: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, lineage_of_commit(store.root, commit, Path(folder)) as lineage:
         if not lineage.keys:
@@ -179,7 +171,8 @@ def _finish(writer: RowWriter, lineage: Lineage, identity: Identity, *, made: bo
     if identity.code_diff:
         writer.log_content("recipe/code.diff", identity.code_diff)
     complete(writer, lineage)
-    writer.set_tags(tags | identity.tags)
+    # Who ran it, and where, is known to the row of another checkout better than here.
+    writer.set_tags(tags | {tag: value for tag, value in identity.tags.items() if tag not in writer.tags})
     if lineage.state:
         writer.set_status("FINISHED", at=at if made else None)
     what = "made" if made else "completed" if writer.writes else "unchanged"
