@@ -10,6 +10,7 @@ from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
 
 from rediffuse.errors import UserError
 from rediffuse.tracking.identity import experiments
+from rediffuse.tracking.lineage import lineage_of_checkout
 from rediffuse.tracking.store import connect
 from rediffuse.tracking.sync import Outcome, sync
 
@@ -100,6 +101,19 @@ def test_stages_that_are_not_up_to_date_make_no_row(repository: Path) -> None:
     (repository / "params.yaml").write_text(text.replace("neighbours: 3 ", "neighbours: 4 "))
     assert sync() == []
     assert rows(repository) == {}
+
+
+def test_a_stage_counts_only_if_all_before_it_are_up_to_date(repository: Path) -> None:
+    def up_to_date() -> set[str]:
+        return set(lineage_of_checkout(repository).results)
+
+    assert up_to_date() == set(STAGES)
+    text = (repository / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(text.replace("T: 500 ", "T: 600 "))
+    assert up_to_date() == {"prepare"}  # the evaluation agrees with its inputs: they are stale
+    (repository / "params.yaml").write_text(text)
+    (repository / "metrics" / "ddpm.json").write_text("{}")
+    assert up_to_date() == {"prepare", "train_ddpm"}
 
 
 def test_row_of_a_run_gets_the_final_lock(repository: Path) -> None:

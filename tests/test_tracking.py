@@ -23,7 +23,6 @@ from PIL import Image
 from rediffuse.figures.curves import write_curves
 from rediffuse.params import Params, flatten, load_params
 from rediffuse.tracking.identity import identify
-from rediffuse.tracking.lineage import lineage_of_checkout
 from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
 from rediffuse.tracking.row import Run, stage_run
 from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri
@@ -567,97 +566,3 @@ def test_random_numbers_are_those_without_tracking(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert run_everything(params)
     assert states() == before
-
-
-# Stages that DVC did not need to run
-
-MAKE = """
-import json, pathlib, sys
-import yaml
-from PIL import Image
-from rediffuse.figures.curves import write_curves
-model, group = sys.argv[1], yaml.safe_load(open("params.yaml"))[sys.argv[1]]
-value = group.get("T") or group["latent_dim"]
-plots = pathlib.Path("metrics/plots", "train_" + model)
-(plots / "images").mkdir(parents=True, exist_ok=True)
-write_curves(plots / "curves.csv", [{"images": 10, "loss": value}])
-Image.new("L", (4, 4), value % 256).save(plots / "images" / "noising.png")
-pathlib.Path(f"metrics/train_{model}.json").write_text(json.dumps({"loss": value}))
-"""
-EVALUATE = """
-import pathlib, sys
-from rediffuse.params import load_params
-from rediffuse.tracking.row import stage_run
-model = sys.argv[1]
-path = pathlib.Path(f"metrics/{model}.json")
-with stage_run(f"evaluate@{model}", load_params(), complete=True) as run:
-    path.write_text(pathlib.Path(f"metrics/train_{model}.json").read_text().replace("loss", "fd"))
-    run.log_results(path)
-"""
-
-
-def train_stage(model: str) -> dict[str, Any]:
-    plots = f"metrics/plots/train_{model}"
-    return {
-        "cmd": f"{sys.executable} make.py {model}",
-        "deps": ["make.py"],
-        "params": [model],
-        "metrics": [{f"metrics/train_{model}.json": {"cache": False}}],
-        "plots": [{f"{plots}/curves.csv": {"cache": False}}, f"{plots}/images"],
-    }
-
-
-def evaluate_stage(model: str) -> dict[str, Any]:
-    return {
-        "cmd": f"{sys.executable} evaluate.py {model}",
-        "deps": ["evaluate.py", f"metrics/train_{model}.json"],
-        "metrics": [{f"metrics/{model}.json": {"cache": False}}],
-    }
-
-
-def dvc(root: Path, *arguments: str, **environment: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "DVC_NO_ANALYTICS": "1", **environment}
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_row_of_an_experiment_has_the_results_of_cached_stages_and_none_that_are_stale(repository: Path) -> None:
-    (repository / ".dvc").rmdir()
-    dvc(repository, "init", "-q")
-    (repository / "make.py").write_text(MAKE)
-    (repository / "evaluate.py").write_text(EVALUATE)
-    models = ("vae", "ddpm")
-    stages = {f"train_{m}": train_stage(m) for m in models} | {f"evaluate_{m}": evaluate_stage(m) for m in models}
-    (repository / "dvc.yaml").write_text(json.dumps({"stages": stages}))
-    dvc(repository, "repro", REDIFFUSE_TRACKING="off")
-    git(repository, "add", ".")
-    git(repository, "commit", "-q", "-m", "pipeline")
-
-    said = dvc(repository, "exp", "run", "--temp", "-n", "more", "-S", "ddpm.T=1000")
-    assert "tracking is off" not in said and "Running stage 'evaluate_vae'" not in said
-    row = only_row(repository)
-    assert (row.info.run_name, row.info.status) == ("more", "FINISHED")
-    status = {name: value for name, value in row.data.tags.items() if name.startswith("stage.") and name.endswith(".status")}
-    assert status == {
-        "stage.evaluate_ddpm.status": "finished",
-        **{f"stage.{stage}.status": "cached" for stage in ("train_vae", "train_ddpm", "evaluate_vae")},
-    }
-    vae, ddpm = 32.0, 1000.0
-    expected = {"train_vae/loss": vae, "vae/loss": vae, "vae/fd": vae, "train_ddpm/loss": ddpm, "ddpm/loss": ddpm, "ddpm/fd": ddpm}
-    assert numbers(row) == expected
-    assert {name.partition("+")[0] for name in images(repository)} == {"vae~noising", "ddpm~noising"}
-    assert row.info.artifact_uri.startswith((repository / ".mlflow" / "artifacts").as_uri())
-
-    every = {"train_vae", "train_ddpm", "evaluate_vae", "evaluate_ddpm"}
-
-    def up_to_date() -> set[str]:
-        return set(lineage_of_checkout(repository).results)
-
-    assert up_to_date() == every
-    text = (repository / "params.yaml").read_text()
-    (repository / "params.yaml").write_text(text.replace("latent_dim: 32", "latent_dim: 16"))
-    assert up_to_date() == {"train_ddpm", "evaluate_ddpm"}  # evaluate_vae agrees with its inputs: they are stale
-    (repository / "params.yaml").write_text(text)
-    (repository / "metrics" / "ddpm.json").write_text("{}")
-    assert up_to_date() == every - {"evaluate_ddpm"}

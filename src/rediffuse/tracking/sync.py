@@ -168,7 +168,7 @@ def _row_for(store: _Store, identity: Identity, params: dict[str, Any], at: int)
 
 def _finish(writer: RowWriter, lineage: Lineage, identity: Identity, *, made: bool, tags: dict[str, str], at: int | None) -> Outcome:
     writer.set_params(flatten(load_params(lineage.folder / "params.yaml")))
-    if identity.code_diff:
+    if identity.code_diff and made:  # a stage that ran knows it better: new files that git does not track are in no commit
         writer.log_content("recipe/code.diff", identity.code_diff)
     complete(writer, lineage)
     # Who ran it, and where, is known to the row of another checkout better than here.
