@@ -168,7 +168,9 @@ class Run:
     def _open_row(self) -> RowWriter:
         """The row, when it is open.  Raises what went wrong while it was opened."""
         if self._opening:
+            waiting = time.perf_counter()
             self._opening.join()
+            self._began += time.perf_counter() - waiting  # no work of the stage
             self._opening = None
             if self._failure:
                 raise self._failure
