@@ -35,7 +35,8 @@ def autocast(on: torch.device, precision: Precision) -> AbstractContextManager[o
 def make_deterministic() -> None:
     """Same inputs, same bytes, on the same machine class; an operation that cannot promise it raises."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it some products of matrices are refused on CUDA
-    torch.use_deterministic_algorithms(True)
+    # What torch.use_deterministic_algorithms(True) sets; that also imports the compiler, which takes 3 s and is not used here.
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
 
 
