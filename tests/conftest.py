@@ -1,4 +1,4 @@
-"""Shared by the tests: the real Fashion-MNIST, found or fetched once and kept in data/raw of the checkout."""
+"""Shared by the tests: the real Fashion-MNIST, found or fetched once and kept in data/raw of the checkout, and a store without rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from rediffuse.data.fashion_mnist import load_fashion_mnist
 from rediffuse.data.images import ImageSet
 from rediffuse.errors import UserError
+from rediffuse.tracking.store import connect
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,3 +28,11 @@ def fashion_mnist() -> dict[str, ImageSet]:
             return load_fashion_mnist()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them: making one takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path

@@ -13,7 +13,6 @@ from rediffuse.cli import main
 from rediffuse.commands.keep import keep
 from rediffuse.commands.rebuild import rebuild
 from rediffuse.errors import UserError
-from rediffuse.tracking.store import connect
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +25,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.delenv(name, raising=False)
         make_repository(root)
     return root
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture

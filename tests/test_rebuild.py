@@ -23,7 +23,6 @@ from rediffuse.commands.revision import read_lock
 from rediffuse.commands.verdict import STATUS, Metric, Output, compare_outputs, first_diverging, judge, spread_of
 from rediffuse.errors import UserError
 from rediffuse.tracking.environment import describe_environment, environment_digest
-from rediffuse.tracking.store import connect
 
 PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -37,13 +36,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.delenv(name, raising=False)
         make_repository(root)
     return root
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture
