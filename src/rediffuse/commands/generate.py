@@ -99,7 +99,7 @@ def _overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
 
 def _download(address: str, folder: Path) -> Path:
     """The MLflow model at this address, downloaded.  Raises UserError if the store does not have it or cannot be read."""
-    from rediffuse.commands.rows import PASSWORD
+    from rediffuse.tracking.identity import PASSWORD
     from rediffuse.tracking.models import open_registry
 
     client, uri = open_registry()
