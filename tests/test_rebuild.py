@@ -354,7 +354,15 @@ def test_interrupted_rebuild_leaves_nothing_behind(root: Path, tmp_path: Path) -
     code = f"from rediffuse.commands.rebuild import rebuild; rebuild({row!r})"
     environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "TOY_STARTED": str(tmp_path / "started")}
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, if the tests run in a shell's background
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -96,6 +96,20 @@ def test_row_follows_its_results_into_the_commit_that_holds_them(repository: Pat
     assert list(rows(repository)) == [made.name]
 
 
+def test_row_of_a_plain_repro_is_completed_though_its_results_were_committed_first(repository: Path) -> None:
+    text = (repository / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(text.replace("T: 500 ", "T: 600 "))
+    run(repository, "dvc", "repro")
+    run(repository, "git", "commit", "-q", "-a", "-m", "results")
+    ((name, row),) = rows(repository).items()
+    lock = (repository / "dvc.lock").read_bytes()
+    assert files(repository, row)["recipe/dvc.lock"] != lock
+    assert [(outcome.name, outcome.what) for outcome in sync()] == [(name, "completed")]
+    assert list(rows(repository)) == [name] and files(repository, row)["recipe/dvc.lock"] == lock
+    assert sync() == []
+    check_unchanged(repository)
+
+
 def test_stages_that_are_not_up_to_date_make_no_row(repository: Path) -> None:
     text = (repository / "params.yaml").read_text()
     (repository / "params.yaml").write_text(text.replace("neighbours: 3 ", "neighbours: 4 "))

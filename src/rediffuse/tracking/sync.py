@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE = ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock")
 PREPARED = "data/prepared"
+FINAL = "rediffuse.final"  # the tag of a row that has the final dvc.lock
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,15 @@ def _sync_checkout(store: _Store, checkout: Path) -> Iterator[Outcome]:
     identity = identify(checkout, params)
     with row_lock(store.root):
         row = latest(find(store.client, store.experiment, identity.key), store.place)
-        if row is None and lineage.state and _with_tag(store.client, store.experiment, "rediffuse.state", lineage.state):
-            return  # the very results of a row that has another name: an experiment that was applied, or results that were committed
         if row is None and not lineage.state:
             return  # half a pipeline makes no row; a stage that runs makes one
+        if row is None and (same := _with_tag(store.client, store.experiment, "rediffuse.state", str(lineage.state))):
+            # The very results of a row with another key: an experiment that was applied, which its commit has completed, or those of
+            # a `dvc repro` that were committed, perhaps before its row was complete.
+            row = next((each for each in same if "dvc.exp_name" not in each.data.tags and FINAL not in each.data.tags), None)
+            if row is None:
+                return
+            identity = replace(identity, tags={}, code_diff=b"")
         row, made = (row, False) if row else (create(store.client, store.experiment, identity, store.place), True)
     yield _finish(RowWriter(store.client, row), lineage, identity, made=made, tags={}, at=None)
 
@@ -174,6 +180,7 @@ def _finish(writer: RowWriter, lineage: Lineage, identity: Identity, *, made: bo
     # Who ran it, and where, is known to the row of another checkout better than here.
     writer.set_tags(tags | {tag: value for tag, value in identity.tags.items() if tag not in writer.tags})
     if lineage.state:
+        writer.set_tags({FINAL: "true"})
         writer.set_status("FINISHED", at=at if made else None)
     what = "made" if made else "completed" if writer.writes else "unchanged"
     if lineage.missing:
