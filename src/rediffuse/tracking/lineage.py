@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dvc.stage import Stage
 
 
+RECIPE = ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock")
+
+
 @dataclass(frozen=True)
 class Lineage:
     """What DVC knows of a state of the pipeline, in the files of the checkout or in a commit.
@@ -73,7 +76,7 @@ def lineage_of_commit(root: Path, commit: str, folder: Path) -> Iterator[Lineage
 
     with Repo(str(root), rev=commit) as repo:
         current = _up_to_date(repo, None, committed=True)
-        for name in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
+        for name in RECIPE:
             if repo.fs.exists(repo.fs.join(repo.root_dir, name)):
                 (folder / name).write_bytes(repo.fs.read_bytes(repo.fs.join(repo.root_dir, name)))
         results, missing = dict[str, list[Path]](), []
@@ -93,6 +96,17 @@ def lineage_of_commit(root: Path, commit: str, folder: Path) -> Iterator[Lineage
             {out.def_path: out.hash_info.value for stage in current for out in stage.outs},
             missing,
         )
+
+
+def locked_hashes(folder: Path) -> dict[str, str]:
+    """DVC's hash of every output that dvc.lock in the folder names; nothing where there is none."""
+    import yaml
+
+    path = folder / "dvc.lock"
+    if not path.is_file():
+        return {}
+    lock = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+    return {out["path"]: str(out.get("md5", "")) for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])}
 
 
 def _up_to_date(repo: Repo, running: str | None, *, committed: bool) -> list[Stage]:

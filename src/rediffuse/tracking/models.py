@@ -18,13 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 import rediffuse
 from rediffuse.errors import UserError
 from rediffuse.generation.formats import PRIOR
 from rediffuse.generation.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
 from rediffuse.params import load_params
+from rediffuse.tracking.lineage import locked_hashes
 from rediffuse.tracking.store import connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
@@ -85,9 +84,10 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]
     lock.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}
     with FileLock(lock, timeout=LOCK_SECONDS):  # two experiments that share a model may end at the same time
+        locked = locked_hashes(checkout)
         for kind in KINDS:
             folder = checkout / "data" / "models" / kind
-            md5 = _locked(checkout).get(f"data/models/{kind}")
+            md5 = locked.get(f"data/models/{kind}")
             if md5 and folder.is_dir() and directory_md5(folder) == md5:
                 found[kind] = _register(client, row, kind, md5, _contents(kind, folder, sampling_settings(params, kind), checkout))
     return found
@@ -102,15 +102,6 @@ def directory_md5(folder: Path) -> str:
 
 def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def _locked(checkout: Path) -> dict[str, str]:
-    """The outputs that dvc.lock names, and their hashes."""
-    path = checkout / "dvc.lock"
-    if not path.is_file():
-        return {}
-    stages = yaml.safe_load(path.read_bytes()).get("stages", {})
-    return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
 
 
 def _contents(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
 from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, experiments, git, identify, identify_experiment
-from rediffuse.tracking.lineage import Lineage, lineage_of_checkout, lineage_of_commit
+from rediffuse.tracking.lineage import RECIPE, Lineage, lineage_of_checkout, lineage_of_commit, locked_hashes
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri
 from rediffuse.tracking.writer import RowWriter
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Row
 
-RECIPE = ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock")
 PREPARED = "data/prepared"
 FINAL = "rediffuse.final"  # the tag of a row that has the final dvc.lock
 
@@ -107,7 +106,7 @@ def log_recipe(writer: RowWriter, folder: Path, prepared: str | None = None) -> 
     for name in RECIPE:
         if (folder / name).is_file():
             writer.log_file(folder / name, "recipe")
-    prepared = prepared or _hash_in_lock(folder, "prepare", PREPARED)
+    prepared = prepared or locked_hashes(folder).get(PREPARED)
     manifest = folder / PREPARED / "manifest.json"
     if prepared and manifest.is_file():
         about = json.loads(manifest.read_text())
@@ -243,14 +242,3 @@ def _log_models(writer: RowWriter, lineage: Lineage) -> dict[str, str]:
     versions = {f"model.{model}": uri for model, uri in log_models(writer.client, writer.row, lineage.folder).items() if model in there}
     writer.writes += sum(before.get(tag) != uri for tag, uri in versions.items())
     return versions
-
-
-def _hash_in_lock(folder: Path, stage: str, path: str) -> str | None:
-    """DVC's hash of a stage's output, from dvc.lock."""
-    import yaml
-
-    try:
-        lock = yaml.load((folder / "dvc.lock").read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return next((str(out["md5"]) for out in lock["stages"][stage]["outs"] if out["path"] == path), None)
-    except (FileNotFoundError, KeyError, TypeError):
-        return None
