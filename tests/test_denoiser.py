@@ -12,7 +12,7 @@ from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.samplers import SAMPLERS
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
-from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, sinusoids
+from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, parts, sinusoids
 from rediffuse.params import load_params
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import load_model, save_model
@@ -268,6 +268,11 @@ def test_averaging_leaves_the_schedule_alone():
     assert not any("schedule" in name for name in denoiser.state_dict())
 
 
+@pytest.mark.parametrize(("features", "size", "expected"), [(64, 16, 4), (8, 16, 1), (24, 16, 1), (40, 16, 2), (56, 16, 2), (192, 64, 3)])
+def test_features_are_divided_into_equal_parts_of_at_least_a_size(features, size, expected):
+    assert parts(features, size) == expected
+
+
 # The task
 
 
@@ -287,6 +292,17 @@ def test_a_step_logs_sums_that_belong_to_its_loss(class_names):
     torch.testing.assert_close(sum(measures[f"loss_q{i}"] for i in (1, 2, 3, 4)), measures["loss"])
     assert [measures[f"loss_q{i}"][1].item() for i in (1, 2, 3, 4)] == [4, 4, 4, 4]
     assert not any(measure.requires_grad for measure in measures.values()) and loss.requires_grad
+
+
+def test_mirrored_images_are_those_that_the_noise_names():
+    denoiser, images = make(class_names=[]), (noisy(16).sigmoid() * 255).to(torch.uint8)
+    step = DenoisingStep(SETTINGS.model_copy(update={"flip": True}))
+    noise = step.draw(denoiser, images.shape, seeded())
+    mirrored = noise.pop("mirrored")
+    assert 0 < mirrored.sum() < 16 and "mirrored" not in DenoisingStep(SETTINGS).draw(denoiser, images.shape, seeded())
+    by_hand = torch.stack([image.flip(-1) if flip else image for image, flip in zip(images, mirrored, strict=True)])
+    assert step(denoiser, images, None, noise | {"mirrored": mirrored}, 0)[0] == step(denoiser, by_hand, None, noise, 0)[0]
+    assert step(denoiser, images, None, noise, 0)[0] != step(denoiser, by_hand, None, noise, 0)[0]
 
 
 def test_validation_of_a_new_network_is_that_of_putting_out_zero():

@@ -68,6 +68,14 @@ def test_a_batch_as_long_as_the_schedule_meets_every_t_once():
     assert sorted(stratified_t(50, 50, seeded()).tolist()) == list(range(1, 51))
 
 
+def test_independent_times_are_uniform_and_not_stratified():
+    T, n = 10, 200
+    draws = torch.stack([draw_noise((T, 1, 1, 1), T, seeded(seed), stratified=False)["t"] for seed in range(n)])
+    counts = torch.bincount(draws.flatten(), minlength=T + 1).double()
+    assert counts[0] == 0 and ((counts[1:] - n) ** 2 / n).sum().item() < 37  # as below
+    assert (draws.sort(1).values != torch.arange(1, T + 1)).any(1).double().mean() > 0.9  # stratified ones would all be 1..T
+
+
 @pytest.mark.parametrize("batch", [1, 4, 7])
 def test_each_single_t_is_uniform(batch):
     T, n, generator = 10, 20_000, seeded()

@@ -106,6 +106,7 @@ def training(**changes: Any) -> Training:
         "batch": 4,
         "lr": 0.01,
         "lr_warmup": 8,
+        "lr_decay": "cosine",
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "ema_half_life": 10,
@@ -277,6 +278,11 @@ def test_learning_rate_rises_linearly_and_reaches_the_peak_when_the_warmup_is_ov
     shares = [a / b for a, b in zip(found, without, strict=True)]
     assert shares[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert shares[10:] == pytest.approx([1] * 90)
+
+
+def test_learning_rate_may_stay():
+    found = rates(images=400, batch=4, lr=0.2, lr_warmup=40, lr_decay="constant")
+    assert found[:10] == pytest.approx([0.02 * i for i in range(1, 11)]) and found[10:] == [0.2] * 90
 
 
 # The average
@@ -540,6 +546,7 @@ SMALL_TRAINING = {
     "images": 5000,
     "batch": 16,
     "lr_warmup": 320,
+    "lr_decay": "cosine",
     "log_every": 500,
     "validate_every": 2000,
     "checkpoint_every": 160,

@@ -66,6 +66,7 @@ class Training(Group):
     batch: Annotated[int, Field(ge=1, le=65_536)]
     lr: Annotated[Float, Field(gt=0, le=1)]
     lr_warmup: Annotated[int, Field(ge=0)]
+    lr_decay: Literal["cosine", "constant"]
     weight_decay: Annotated[Float, Field(ge=0, le=1)]
     clip_norm: Annotated[Float, Field(gt=0)]
     ema_half_life: Annotated[int, Field(ge=0)]
@@ -105,6 +106,8 @@ class DDPM(Group):
     min_snr_gamma: Annotated[Float, Field(gt=0)]
     conditional: bool
     label_drop: Annotated[Float, Field(ge=0, lt=1)]
+    stratified: bool
+    flip: bool
     fold: Literal[1, 2, 4]
     width: Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
     multipliers: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=5)]

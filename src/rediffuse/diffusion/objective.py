@@ -44,12 +44,14 @@ def stratified_t(batch: int, T: int, generator: torch.Generator) -> Tensor:
     return (u * T).long().clamp(max=T - 1) + 1  # u itself may round up to 1
 
 
-def draw_noise(shape: Sequence[int], T: int, generator: torch.Generator, *, label_drop: float = 0.0) -> dict[str, Tensor]:
+def draw_noise(
+    shape: Sequence[int], T: int, generator: torch.Generator, *, stratified: bool = True, label_drop: float = 0.0
+) -> dict[str, Tensor]:
     """All that is random in the loss of a batch (B, C, H, W) = shape: t (B,), eps (B, C, H, W), and dropped (B,), the labels to hide.
 
     Apart from the loss, because t is stratified over the whole batch and processes that share one must agree on it.
     """
-    t = stratified_t(shape[0], T, generator)
+    t = stratified_t(shape[0], T, generator) if stratified else torch.randint(1, T + 1, (shape[0],), generator=generator)
     eps = torch.randn(*shape, generator=generator)
     return {"t": t, "eps": eps, "dropped": torch.rand(shape[0], generator=generator) < label_drop}
 

@@ -28,11 +28,15 @@ class DenoisingStep:
         self.params = params
 
     def draw(self, model: Denoiser, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
-        return draw_noise(shape, model.schedule.T, generator, label_drop=self.params.label_drop)
+        params = self.params
+        noise = draw_noise(shape, model.schedule.T, generator, stratified=params.stratified, label_drop=params.label_drop)
+        return noise | {"mirrored": torch.rand(shape[0], generator=generator) < 0.5} if params.flip else noise
 
     def __call__(
         self, model: Denoiser, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        if "mirrored" in noise:
+            images = torch.where(noise["mirrored"].to(images.device)[:, None, None, None], images.flip(3), images)
         losses, t = noised_loss(
             model,
             to_signed(images),

@@ -129,9 +129,11 @@ class Trainer(Generic[Model]):
             self.sums[key] = self.sums[key] + measure if key in self.sums else measure
 
     def _rate(self, done: int) -> float:
-        """The learning rate's share of its peak: a linear rise, then a cosine down to 0."""
+        """The learning rate's share of its peak: a linear rise, then, unless it stays, a cosine down to 0."""
         warmup = self.config.lr_warmup / self.config.batch
         rise = min(1.0, (done + 1) / warmup) if warmup else 1.0
+        if self.config.lr_decay == "constant":
+            return rise
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done / self.steps)))
 
     def _due(self, every: int) -> bool:

@@ -1,0 +1,161 @@
+"""Which settings of the DDPM are worth their time: one change at a time, at equal time of training, as queued DVC experiments.
+
+    python -m benchmarks.ablation calibrate             # images that each variant handles in 180 s on one core -> calibration.json
+    python -m benchmarks.ablation queue --seed 1        # one experiment a variant, ablation-NAME-1
+    OMP_NUM_THREADS=1 dvc queue start -j 2              # a core for each; then `rediffuse sync` for their rows in MLflow
+    python -m benchmarks.ablation table                 # what is done, as Markdown, best first
+
+The training of a variant is as many images long as one core handles in the given time, measured in processor seconds.  So a
+variant that computes faster sees more images, and a busy machine delays the experiments without changing their results.  Scored
+are 5,000 images against the test images by both default instruments; the learning rate decays to 0 at the end of each training.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+
+from rediffuse.data.images import load_images
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.task import DenoisingStep, denoiser_config
+from rediffuse.params import DDPM, load_params
+from rediffuse.training.hardware import make_deterministic
+from rediffuse.training.loop import Trainer
+
+CALIBRATION = Path("benchmarks/results/ablation.json")
+TURNS, STEPS = 3, 4  # of the calibration: the fastest step counts
+INSTRUMENTS = ("fashion-mnist-cnn-v1", "random-conv-v1")
+# Of every experiment: one set of images, ten evaluations of the network for each, no accuracy score.
+COMMON = {"sample.seeds": [1], "sample.ddpm.steps": 10, "evaluate.accuracy_images": 0}
+COSTLY = ("fold", "width", "multipliers", "attention", "training.batch")  # what else is changed takes no other time
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "eps": {"predict": "eps"},
+    "x0": {"predict": "x0"},
+    "linear": {"schedule": "linear"},
+    "min-snr": {"loss_weight": "min-snr"},
+    "ema-none": {"training.ema_half_life": 0},
+    "ema-3x": {"training.ema_half_life": 30_000},
+    "independent-t": {"stratified": False},
+    "no-labels": {"conditional": False},
+    "no-attention": {"attention": 0},
+    "fold-1": {"fold": 1, "width": 32, "multipliers": [1, 2, 4]},
+    "fold-4": {"fold": 4, "width": 128, "multipliers": [1]},
+    "width-32": {"width": 32},
+    "width-96": {"width": 96},
+    "one-level": {"width": 96, "multipliers": [1], "attention": 0},
+    "lr-third": {"training.lr": 1e-3},
+    "lr-double": {"training.lr": 6e-3},
+    "lr-constant": {"training.lr_decay": "constant"},
+    "batch-32": {"training.batch": 32},
+    "batch-128": {"training.batch": 128},
+    "flips": {"flip": True},
+}
+
+
+@click.group()
+def main() -> None:
+    """See the module's text."""
+
+
+@main.command()
+@click.option("--seconds", default=180.0, show_default=True, help="Time of training, processor seconds of one core.")
+def calibrate(seconds: float) -> None:
+    """Measure how many images each variant handles in the time, on one core."""
+    torch.set_num_threads(1)
+    make_deterministic()
+    costs = {name: {key: changes[key] for key in COSTLY if key in changes} for name, changes in VARIANTS.items()}
+    trainers = {name: trainer(settings(changes)) for name, changes in costs.items() if changes or name == "base"}
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(TURNS):
+        for name, each in trainers.items():
+            each._step()
+            for _ in range(STEPS):
+                begin = time.process_time()
+                each._step()
+                times[name].append((time.process_time() - begin) / each.config.batch)
+    images = {name: round(seconds / min(times[name if changes else "base"]) / 128) * 128 for name, changes in costs.items()}
+    CALIBRATION.parent.mkdir(exist_ok=True)
+    CALIBRATION.write_text(json.dumps({"seconds": seconds, "images": images}, indent=2) + "\n")
+    click.echo(CALIBRATION.read_text())
+
+
+@main.command()
+@click.option("--seed", default=1, show_default=True)
+@click.argument("names", nargs=-1)
+def queue(seed: int, names: tuple[str, ...]) -> None:
+    """Queue an experiment for each variant, or for those named."""
+    images = json.loads(CALIBRATION.read_text())["images"]
+    for name in names or VARIANTS:
+        length = {f"training.{key}": images[name] for key in ("images", "validate_every", "checkpoint_every")}
+        changes = COMMON | {"seed": seed} | {f"ddpm.{key}": value for key, value in (length | VARIANTS[name]).items()}
+        given = [part for key, value in changes.items() for part in ("-S", f"{key}={yaml_value(value)}")]
+        subprocess.run(["dvc", "exp", "run", "--queue", "--quiet", "-n", f"ablation-{name}-{seed}", *given, "evaluate@ddpm"], check=True)
+
+
+@main.command()
+def table() -> None:
+    """Print what the experiments that are done have found."""
+    images = json.loads(CALIBRATION.read_text())["images"]
+    rows = [(name, found) for name in VARIANTS if (found := results(name))]
+    rows.sort(key=lambda row: statistics.mean(scores[INSTRUMENTS[0]] for scores in row[1]))
+    click.echo("| variant | change | images | " + " | ".join(f"FD, `{name}`" for name in INSTRUMENTS) + " | validation, eps |")
+    click.echo("|---" * 6 + "|")
+    for name, found in rows:
+        changed = ", ".join(f"`{key}={yaml_value(value)}`" for key, value in VARIANTS[name].items())
+        cells = [" / ".join(f"{scores[key]:.{4 if key == 'eps' else 2}f}" for scores in found) for key in (*INSTRUMENTS, "eps")]
+        click.echo(f"| {name} | {changed} | {images[name]:,} | {' | '.join(cells)} |")
+
+
+def settings(changes: dict[str, Any]) -> DDPM:
+    """The `ddpm` of params.yaml with these changes, by dotted names."""
+    tree = load_params().ddpm.model_dump()
+    for name, value in changes.items():
+        group, _, leaf = name.rpartition(".")
+        (tree[group] if group else tree)[leaf] = value
+    return DDPM.model_validate(tree)
+
+
+def trainer(ddpm: DDPM) -> Trainer[Denoiser]:
+    """Ready to train on the first of the prepared images."""
+    train = load_images("data/prepared", "train")
+    images, labels = torch.tensor(train.images[:5000]), torch.tensor(train.labels[:5000])
+    denoiser = Denoiser(**denoiser_config(ddpm, train.shape, train.classes))
+    step = DenoisingStep(ddpm)
+    return Trainer(
+        denoiser, step, images, labels, ddpm.training, name="ddpm", seed=1, precision="auto", validate=lambda _: {}, log=lambda *_: None
+    )
+
+
+def results(name: str) -> list[dict[str, float]]:
+    """The scores of each seed of a variant that is done."""
+    listed = subprocess.run(["git", "for-each-ref", "--format=%(refname)", "refs/exps/"], check=True, capture_output=True, text=True).stdout
+    found = []
+    for ref in sorted(ref for ref in listed.split() if ref.rpartition("/")[2].rpartition("-")[0] == f"ablation-{name}"):
+        ddpm, trained = (json.loads(show(f"{ref}:metrics/{file}.json")) for file in ("ddpm", "train_ddpm"))
+        distances = {key: scores["fd"] for key, scores in ddpm.items() if isinstance(scores, dict)}
+        named = {key: next(fd for name, fd in distances.items() if name.startswith(key)) for key in INSTRUMENTS}  # some bear a hash
+        found.append(named | {"eps": trained["validation"]["eps_mse"]})
+    return found
+
+
+def show(path: str) -> str:
+    """A file of a commit."""
+    return subprocess.run(["git", "show", path], check=True, capture_output=True, text=True).stdout
+
+
+def yaml_value(value: Any) -> str:
+    """As `-S` takes it."""
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()
