@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 ARGS ?=
+RECIPE ?=
 
 BIN := $(CURDIR)/.venv/bin
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -14,11 +15,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint ui lock environment venv clean
+.PHONY: help repro recipe test lint ui lock environment venv clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make repro   environment, data, training, images, metrics    (ARGS: of dvc repro)'
+	@echo 'make repro   environment, data, training, images, metrics    (ARGS: of dvc repro; RECIPE: a file of recipes/)'
 	@echo 'make test    environment, ruff, mypy, the test suite         (ARGS: of pytest)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make ui      MLflow on http://127.0.0.1:$(PORT)                   (PORT=5000)'
@@ -27,9 +28,17 @@ help:
 	@echo
 	@echo 'PYTHON=python3.12 names the Python that .venv is made from.'
 
-repro: environment
+repro: environment recipe
 	@.venv/bin/dvc repro $(ARGS)
 	-@.venv/bin/rediffuse sync  # completes the row; a server that is away fails nothing
+
+# A recipe takes the place of params.yaml, but never of settings that are nowhere else.
+recipe:
+	@test -z '$(RECIPE)' || cmp -s 'recipes/$(RECIPE).yaml' params.yaml || { \
+		test -f 'recipes/$(RECIPE).yaml' || { echo 'There is no recipe "$(RECIPE)"; there are:' $(basename $(notdir $(wildcard recipes/*.yaml))) >&2; exit 1; }; \
+		git diff --quiet HEAD -- params.yaml || { echo 'params.yaml has changes that are not committed: commit them, or undo them with' \
+			'git checkout params.yaml, then run make again.' >&2; exit 1; }; \
+		cp 'recipes/$(RECIPE).yaml' params.yaml; }
 
 # One thread for each process: two processes with a thread on each core would wait for one another at every barrier.
 test: lint

@@ -131,7 +131,17 @@ def trainer(ddpm: DDPM) -> Trainer[Denoiser]:
     denoiser = Denoiser(**denoiser_config(ddpm, train.shape, train.classes))
     step = DenoisingStep(ddpm)
     return Trainer(
-        denoiser, step, images, labels, ddpm.training, name="ddpm", seed=1, precision="auto", validate=lambda _: {}, log=lambda *_: None
+        denoiser,
+        step,
+        images,
+        labels,
+        ddpm.training,
+        name="ddpm",
+        seed=1,
+        precision="auto",
+        compile="never",
+        validate=lambda _: {},
+        log=lambda *_: None,
     )
 
 

@@ -34,6 +34,6 @@ def checkpoint_folder() -> Path:
 
 
 def checkpoint_configuration(params: Params, group: str) -> dict[str, Any]:
-    """Of what the user chose, what the bytes of a trained model depend on: its own parameters, seed, precision, and the data."""
+    """Of what the user chose, what the bytes of a trained model depend on: its own parameters, the common ones, and the data."""
     manifest = json.loads(Path("data/prepared/manifest.json").read_text())
-    return {group: params.model_dump()[group], "seed": params.seed, "precision": params.precision, "data": manifest}
+    return params.model_dump(include={group, "seed", "precision", "compile"}) | {"data": manifest}

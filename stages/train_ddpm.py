@@ -51,6 +51,7 @@ def main() -> None:
             name="ddpm",
             seed=params.seed,
             precision=params.precision,
+            compile=params.compile,
             validate=validated,
             log=lambda seen, values: run.log_curve(seen, {f"ddpm/{name}": value for name, value in values.items()}),
         )

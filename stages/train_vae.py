@@ -44,6 +44,7 @@ def main() -> None:
             name="vae",
             seed=params.seed,
             precision=params.precision,
+            compile=params.compile,
             validate=lambda vae: {f"validation_{name}": value for name, value in measure(vae, held_out, seed=params.seed).items()},
             log=lambda seen, values: run.log_curve(seen, {f"vae/{name}": value for name, value in values.items()}),
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.samplers import SAMPLERS
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
-from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, parts, sinusoids
+from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, parts, sinusoids, written_out_attention
 from rediffuse.params import load_params
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import load_model, save_model
@@ -187,6 +188,11 @@ def test_attention_is_that_of_the_paper():
         heads.append(weights @ v[..., i])
     expected = x + attention.out(torch.cat(heads, -1)).mT.reshape(x.shape)
     torch.testing.assert_close(attention(x), expected)
+
+
+def test_attention_written_out_is_that_of_torch():
+    q, k, v = noisy(3, (2, 2, 49, HEAD_DIM))
+    torch.testing.assert_close(written_out_attention(q, k, v), scaled_dot_product_attention(q, k, v))
 
 
 # D(x_t, t, label) and guidance

@@ -121,7 +121,7 @@ def test_truth_value_is_not_a_number(raw: dict[str, Any], tmp_path: Path, value:
     ("name", "known"),
     [
         ("ddpm.typo", "T, schedule, predict"),
-        ("typo", "seed, precision, data"),
+        ("typo", "seed, precision, compile, data"),
         ("sample.vae.steps", "prior, components"),
         ("vae.training.typo", "images, batch"),
     ],
@@ -213,3 +213,9 @@ def test_parameters_cannot_be_changed_after_the_check() -> None:
     params = load_params(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
         params.ddpm.__setattr__("T", 3)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_complete_and_say_how_they_are_used(recipe: Path) -> None:
+    load_params(recipe)  # refuses what is missing or unknown
+    assert f"make repro RECIPE={recipe.stem} " in recipe.read_text()

@@ -173,3 +173,32 @@ def test_ci_runs_make_test() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text().splitlines()
+
+
+@pytest.fixture
+def with_recipes(checkout: Path) -> Path:
+    (checkout / "recipes").mkdir()
+    (checkout / "recipes/other.yaml").write_text("seed: 2\n")
+    (checkout / "params.yaml").write_text("seed: 1\n")
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for arguments in (["init", "-q"], ["add", "params.yaml"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *arguments], cwd=checkout, check=True)
+    return checkout
+
+
+def test_a_recipe_takes_the_place_of_committed_parameters(with_recipes: Path) -> None:
+    for _ in range(2):  # the second time it is there already
+        assert make(with_recipes, "repro", "RECIPE=other").returncode == 0
+        assert (with_recipes / "params.yaml").read_text() == "seed: 2\n"
+        assert calls(with_recipes)[-1] == "dvc repro"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "recipe", "words"),
+    [("seed: 3\n", "other", ["params.yaml", "not committed", "git checkout"]), ("seed: 1\n", "none", ['"none"', "other"])],
+)
+def test_a_recipe_never_costs_unsaved_parameters(with_recipes: Path, parameters: str, recipe: str, words: list[str]) -> None:
+    (with_recipes / "params.yaml").write_text(parameters)
+    refused = make(with_recipes, "repro", f"RECIPE={recipe}")
+    assert refused.returncode != 0 and all(word in refused.stderr for word in words)
+    assert (with_recipes / "params.yaml").read_text() == parameters and not any(call.startswith("dvc") for call in calls(with_recipes))

@@ -135,6 +135,7 @@ def make_trainer(step: Any = None, *, n: int = 10, seed: int = 1, validate: Any 
         name="ddpm",
         seed=seed,
         precision="float32",
+        compile="never",
         validate=validate or (lambda net: {"norm": net.linear.weight.norm().item()}),
         log=log or (lambda seen, values: None),
     )

@@ -160,6 +160,7 @@ class Params(Group):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["auto", "float32"]
+    compile: Literal["auto", "always", "never"]
     data: Data
     reference: Reference
     vae: VAE

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, silu
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
 GROUP = 16  # features of a group of GroupNorm, the least: with fewer PyTorch's kernel for channels_last takes 10 times as long on a CPU
 HEAD_DIM = 64  # the least
@@ -132,11 +132,19 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, features)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, dim)
-        # Written out: with scaled_dot_product_attention forward and backward take 2.8 to 4.5 times as long on a CPU at 7x7 positions
-        # (benchmarks/attention.py).
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (B, heads, HW, HW)
-        attended: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        mixed = scaled_dot_product_attention(q, k, v) if x.is_cuda else written_out_attention(q, k, v)
+        attended: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return x + attended.transpose(1, 2).reshape(x.shape)
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v, all (B, heads, N, dim).
+
+    On a CPU, at 7x7 positions, scaled_dot_product_attention takes 2.8 to 4.5 times as long, forward and backward
+    (benchmarks/attention.py); on CUDA it is the fast way.
+    """
+    weights: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (B, heads, N, N)
+    return weights @ v
 
 
 class Double(nn.Module):

@@ -19,7 +19,7 @@ from rediffuse.errors import UserError
 from rediffuse.params import Training
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import Checkpoint
-from rediffuse.training.hardware import Precision, autocast, seed_for
+from rediffuse.training.hardware import Compile, Precision, autocast, compile_parts, seed_for, upload
 
 ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
 
@@ -75,6 +75,7 @@ class Trainer(Generic[Model]):
         name: str,
         seed: int,
         precision: Precision,
+        compile: Compile,
         validate: Callable[[Model], Row],
         log: Callable[[int, Row], None],
     ) -> None:
@@ -84,6 +85,7 @@ class Trainer(Generic[Model]):
         self.validate, self.log = validate, log
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
+        compile_parts(self.model, images.device, compile)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.order = _Order(len(images), seed)
@@ -111,11 +113,12 @@ class Trainer(Generic[Model]):
 
     def _step(self) -> None:
         seen, config = self.done * self.config.batch, self.config
-        batch = self.order.batch(seen, config.batch).to(self.images.device)
+        batch = upload(self.order.batch(seen, config.batch), self.images.device)
         labels = None if self.labels is None else self.labels[batch]
         generator = torch.Generator().manual_seed(seed_for(self.seed, NOISE, self.done))
         torch.manual_seed(seed_for(self.seed, DROPOUT, self.done))  # dropout draws from the global generator
         noise = self.step.draw(self.model, (config.batch, *self.images.shape[1:]), generator)
+        noise = {key: upload(numbers, self.images.device) for key, numbers in noise.items()}
         with autocast(self.images.device, self.precision):
             loss, measures = self.step(self.model, self.images[batch], labels, noise, seen)
         self.optimizer.zero_grad(set_to_none=True)
