@@ -36,7 +36,7 @@ def test_a_part_measured_again_replaces_its_own_tables_only(tmp_path: Path) -> N
     assert [Table(**table) for table in kept["parts"]["two"]["tables"]] == [TABLE]
     assert kept["parts"]["one"]["about"]["quick"] and not kept["parts"]["two"]["about"]["quick"]
     assert kept["parts"]["two"]["about"]["turns"] == 7
-    assert kept["parts"]["two"]["about"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(kept["parts"]["two"]["about"]["versions"]["torch"])
 
 
 def test_markdown_has_a_row_for_each_row_and_says_where_it_was_measured(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_padding_is_cropped_again() -> None:
     images = torch.rand(2, 1, 28, 28)
     wide = peers.padded(images, 32, -1.0)
     assert wide.shape == (2, 1, 32, 32) and torch.equal(peers.cropped(wide), images)
-    assert wide.sum() == pytest.approx(images.sum() - 2 * (32**2 - 28**2), rel=1e-4)
+    assert wide.sum().item() == pytest.approx(images.sum().item() - 2 * (32**2 - 28**2), rel=1e-4)
     assert peers.padded(images, 28, -1.0) is images
 
 

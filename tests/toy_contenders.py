@@ -12,7 +12,7 @@ MIB = 2**20
 
 def writes_its_name(diary: Path, name: str, mib: int) -> Callable[[], float]:
     """Holds so much memory for a moment; each turn adds a line to the diary and returns how many are there."""
-    bytearray(b"x" * (mib * MIB))  # written to, so that it is resident
+    b"x" * (mib * MIB)  # written to, so that it is resident
 
     def turn() -> float:
         with diary.open("a") as file:
