@@ -12,10 +12,9 @@ from pathlib import Path
 
 import click
 
-from benchmarks.report import RESULTS, Settings, draw_overview, markdown, terminal, write_results
+from benchmarks.report import PARTS, RESULTS, Settings, draw_overview, markdown, terminal, write_results
 from rediffuse.errors import UserError
 
-PARTS = ("machine", "training", "sampling", "vae", "startup", "evaluation", "growth", "steps", "quality")
 PEERS = ("diffusers", "denoising_diffusion_pytorch", "ema_pytorch", "pythae")
 
 

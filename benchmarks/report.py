@@ -21,6 +21,7 @@ from rediffuse.files import write_json
 Cell = str | float | int | None
 Record = dict[str, Any]
 
+PARTS = ("machine", "training", "sampling", "vae", "startup", "evaluation", "growth", "steps", "quality")
 RATIO = "ratio"  # a column of this name: how many times as good as this row, as fast for example, ours is; what the plot shows
 NOTHING = "–"  # a cell that was not measured
 VERSIONS = ("torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "pythae", "torch-fidelity", "dvc", "mlflow")
@@ -177,6 +178,7 @@ def write_results(path: Path, part: str, tables: Sequence[Table], settings: Sett
     """Put the tables of a part in the place of those that it had; other parts stay.  Returns the whole record."""
     record = read_results(path)
     record["parts"][part] = {"about": about(settings), "tables": [asdict(table) for table in tables]}
+    record["parts"] = dict(sorted(record["parts"].items(), key=lambda item: PARTS.index(item[0])))
     write_json(path, record)
     return record
 

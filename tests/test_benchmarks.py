@@ -28,20 +28,21 @@ TABLE = Table(
 
 def test_a_part_measured_again_replaces_its_own_tables_only(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    write_results(file, "one", [Table("old", ["a"], [[1]])], Settings())
-    write_results(file, "two", [TABLE], Settings(turns=7))
-    write_results(file, "one", [Table("new", ["a"], [[2]])], Settings(quick=True))
+    write_results(file, "vae", [Table("old", ["a"], [[1]])], Settings())
+    write_results(file, "machine", [TABLE], Settings(turns=7))
+    write_results(file, "vae", [Table("new", ["a"], [[2]])], Settings(quick=True))
     kept = read_results(file)
-    assert [table["title"] for table in kept["parts"]["one"]["tables"]] == ["new"]
-    assert [Table(**table) for table in kept["parts"]["two"]["tables"]] == [TABLE]
-    assert kept["parts"]["one"]["about"]["quick"] and not kept["parts"]["two"]["about"]["quick"]
-    assert kept["parts"]["two"]["about"]["turns"] == 7
-    assert torch.__version__.startswith(kept["parts"]["two"]["about"]["versions"]["torch"])
+    assert list(kept["parts"]) == ["machine", "vae"]  # in the order of the parts, whichever was first
+    assert [table["title"] for table in kept["parts"]["vae"]["tables"]] == ["new"]
+    assert [Table(**table) for table in kept["parts"]["machine"]["tables"]] == [TABLE]
+    assert kept["parts"]["vae"]["about"]["quick"] and not kept["parts"]["machine"]["about"]["quick"]
+    assert kept["parts"]["machine"]["about"]["turns"] == 7
+    assert torch.__version__.startswith(kept["parts"]["machine"]["about"]["versions"]["torch"])
 
 
 def test_markdown_has_a_row_for_each_row_and_says_where_it_was_measured(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    write_results(file, "speed", [TABLE], Settings())
+    write_results(file, "training", [TABLE], Settings())
     shown = CliRunner().invoke(command.main, ["--markdown", str(file)])
     assert shown.exit_code == 0
     assert shown.output.strip() == markdown(json.loads(file.read_text())).strip()
@@ -71,7 +72,7 @@ def test_the_overview_shows_ratios_where_there_are_any(tmp_path: Path) -> None:
     picture = tmp_path / "overview.png"
     assert not draw_overview({"parts": {}}, picture)
     assert not picture.exists()
-    assert draw_overview(write_results(tmp_path / "results.json", "speed", [TABLE], Settings()), picture)
+    assert draw_overview(write_results(tmp_path / "results.json", "training", [TABLE], Settings()), picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
