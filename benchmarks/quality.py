@@ -204,7 +204,8 @@ def distances(
         nfe = each.evaluations or ours.parameters().sample.ddpm.steps
         rows.append([each.name, each.images, done["train_seconds"], nfe, done["sample_seconds"], found[each.name], excess, ratio])
     columns = ["contender", "images trained on", "seconds it took", "sampling steps", "seconds to draw", "FD", "excess over real", RATIO]
-    return Table(f"Quality after {settings.seconds:.0f} s of training, {name}", columns, rows, _note(instrument, floors, n, rates, source))
+    length = f"{QUICK_STEPS} steps" if settings.quick else f"{settings.seconds:.0f} s"
+    return Table(f"Quality after {length} of training, {name}", columns, rows, _note(instrument, floors, n, rates, source))
 
 
 def _note(instrument: Instrument, floors: list[float], n: int, rates: Mapping[str, float], source: str) -> str:
