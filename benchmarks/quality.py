@@ -73,7 +73,7 @@ class Plan:
             configuration |= {"recipe": asdict(self.recipe), "evaluations": self.evaluations}
         else:
             params = ours.parameters().model_dump()
-            configuration |= {"ddpm": params["ddpm"], "sample": params["sample"]["ddpm"], "seed": params["seed"]}
+            configuration |= {"ddpm": params["ddpm"], "sample": params["sample"]} | {key: params[key] for key in ("seed", "precision")}
         return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
