@@ -14,13 +14,14 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint ui lock environment venv clean
+.PHONY: help repro test lint ui bench peers lock environment venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make repro   environment, data, training, images, metrics    (ARGS: of dvc repro)'
 	@echo 'make test    environment, ruff, mypy, the test suite         (ARGS: of pytest)'
 	@echo 'make lint    ruff and mypy alone'
+	@echo 'make bench   measure it beside other packages; an hour or two (ARGS: of python -m benchmarks, for example training)'
 	@echo 'make ui      MLflow on http://127.0.0.1:$(PORT)                   (PORT=5000)'
 	@echo 'make lock    requirements.lock from pyproject.toml           (ARGS=--upgrade: newest versions)'
 	@echo 'make clean   remove .venv and caches; data, metrics and rows stay'
@@ -46,10 +47,23 @@ ui: environment
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri '$(TRACKING)' --default-artifact-root '$(CURDIR)/.mlflow/artifacts' --no-serve-artifacts
 
-# One lock for every platform and every Python from 3.11 on; versions already locked stay, unless ARGS=--upgrade.
+# What it is measured against is installed here only, into the same .venv, where it changes no package of requirements.lock.
+bench: environment peers
+	@.venv/bin/python -m benchmarks $(ARGS)
+
+peers: environment
+	@cmp -s benchmarks/requirements.lock .venv/peers || { \
+		$(PIP) install --quiet --require-hashes --no-deps -r benchmarks/requirements.lock && cp benchmarks/requirements.lock .venv/peers; }
+
+# One lock for every platform and every Python from 3.11 on; versions already locked stay, unless ARGS=--upgrade.  The second holds what
+# the extra `bench` needs beyond the first; dataclasses, which pythae names, is a part of Python since 3.7.
+NOT_AGAIN = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) --no-emit-package dataclasses
 lock: environment
 	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
+	@.venv/bin/uv pip compile pyproject.toml --extra bench --constraints requirements.lock --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make lock' --quiet $(NOT_AGAIN) \
+		--output-file benchmarks/requirements.lock $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
