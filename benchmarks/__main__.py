@@ -15,7 +15,7 @@ import click
 from benchmarks.report import RESULTS, Settings, draw_overview, markdown, terminal, write_results
 from rediffuse.errors import UserError
 
-PARTS = ("machine", "training", "sampling", "vae", "startup", "evaluation", "growth", "steps", "quality")
+PARTS = ("machine", "training", "sampling", "vae", "startup", "evaluation", "attention", "growth", "steps", "quality")
 PEERS = ("diffusers", "denoising_diffusion_pytorch", "ema_pytorch", "pythae")
 
 

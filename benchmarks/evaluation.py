@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.made_up import image_set
 from benchmarks.report import RATIO, Settings, Table
-from benchmarks.workers import Turn, Workers
+from benchmarks.workers import Turn, Workers, ratio
 from rediffuse.data.fashion_mnist import load_fashion_mnist
 from rediffuse.evaluation.accuracy_score import IMAGES, classification_accuracy_score
 from rediffuse.evaluation.classifier import SHIPPED
@@ -159,15 +159,10 @@ def measure_scores(n: int, turns: int) -> Table:
         check_same({name: turn[number]["scores"] for name, turn in results.items()})
     times = {name: [turn["seconds"] for turn in of] for name, of in results.items()}
     rows = [
-        [name, statistics.median(spent), _ratio(spent, times[OURS]), peaks[name], peaks[name] / peaks[OURS]]
-        for name, spent in times.items()
+        [name, statistics.median(spent), ratio(spent, times[OURS]), peaks[name], peaks[name] / peaks[OURS]] for name, spent in times.items()
     ]
     note = f"{n:,} against {n:,} images, {DIMENSION} features; median of {turns} turns; the same scores in each, to 1e-6"
     return Table("all scores of one image set", ["by", "s", RATIO, "peak MiB", "of ours"], rows, note)
-
-
-def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 # All that one sample set is judged by

@@ -23,13 +23,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.made_up import SHAPE, TINY, NoCheckpoint, ddpm_trainer, image_set
-from benchmarks.report import Settings, Table
+from benchmarks.made_up import TINY, NoCheckpoint, image_set
+from benchmarks.ours import denoiser, trainer
+from benchmarks.peers import SHAPE
+from benchmarks.report import Settings, Table, peak_mib
 from benchmarks.workers import Factory, Turn, Workers
 from rediffuse.data.fashion_mnist import CLASSES
-from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.task import denoiser_config
 from rediffuse.generation.ddpm import ddpm_shards
 from rediffuse.params import Params, SampleDDPM, load_params
 from rediffuse.shards import draw, shard_generator
@@ -78,13 +78,13 @@ def training(path: Path, way: Way, params: Params, steps: int) -> Turn:
         data = torch.tensor(images, device=device()) if way == "copied" else torch.from_numpy(images)
     labels = torch.arange(len(data), device=data.device) % len(CLASSES)
     batch = params.ddpm.training.batch
-    trainer = ddpm_trainer(params, data, labels, (WARMUP + steps) * batch)
+    run = trainer(params, data, labels, seen=(WARMUP + steps) * batch, log=lambda *_: None, log_every=batch)
 
     def turn() -> dict[str, float]:
         times = list[float]()
         for _ in range(WARMUP + steps):
             begin = time.perf_counter()
-            trainer._step()
+            run._step()
             times.append(time.perf_counter() - begin)
         return {"ms": 1000 * statistics.median(times[WARMUP:])}
 
@@ -131,9 +131,8 @@ def measure_pixels(sides: list[int], steps: int, *, quick: bool) -> Table:
 def sampling(params: Params, n: int, settings: SampleDDPM) -> Turn:
     """A turn: ms of one step of a shard, of n images drawn; and of making the schedule with its tables."""
     make_deterministic()
-    torch.manual_seed(params.seed)
-    denoiser = Denoiser(**denoiser_config(params.ddpm, SHAPE, CLASSES)).to(device()).to(memory_format=torch.channels_last).eval()
-    shard = ddpm_shards(denoiser, settings, params.precision)
+    model = denoiser(params).to(device()).to(memory_format=torch.channels_last).eval()
+    shard = ddpm_shards(model, settings, params.precision)
 
     def turn() -> dict[str, float]:
         begin = time.perf_counter()
@@ -194,13 +193,12 @@ def train_together(steps: int, quick: bool) -> None:
         made = image_set(1_000)
         assert made.labels is not None
         data, labels = torch.from_numpy(made.images).to(device()), torch.from_numpy(made.labels).to(device())
-        trainer = ddpm_trainer(params, data, labels, steps * params.ddpm.training.batch)
+        seen = steps * params.ddpm.training.batch
+        run = trainer(params, data, labels, seen=seen, log=lambda *_: None, log_every=seen)
         began = time.perf_counter()
-        trainer.train(NoCheckpoint())
+        run.train(NoCheckpoint())
         ms = 1000 * (time.perf_counter() - began) / steps
         if is_main():
-            from benchmarks.report import peak_mib
-
             print(json.dumps({"ms": ms, "peak": peak_mib()}), flush=True)
 
 
@@ -226,7 +224,7 @@ def measure_processes(counts: list[int], steps: int, *, quick: bool) -> Table:
 
 def measure(settings: Settings) -> list[Table]:
     quick = settings.quick
-    steps = 2 if quick else 15
+    steps = 2 if quick else 10
     tables = [
         measure_images([1_000] if quick else [1_000, 100_000, 1_000_000], steps, quick=quick),
         measure_pixels([16] if quick else [16, 28, 32, 64], steps, quick=quick),

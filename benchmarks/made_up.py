@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers import SHAPE
 from rediffuse.data.fashion_mnist import CLASSES
 from rediffuse.data.images import ImageSet, save_images
 from rediffuse.data.splits import describe
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config
-from rediffuse.params import DDPM, Params, Training
-from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for a constant)
+from rediffuse.diffusion.task import denoiser_config
+from rediffuse.params import Params
 from rediffuse.training.checkpoint import save_model
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 from rediffuse.vae.task import VAEStep, vae_config
 
-SHAPE = (1, 28, 28)
 TINY = {"width": 8, "multipliers": [1], "attention": 0}  # a denoiser that takes no time
 
 
@@ -54,25 +53,20 @@ def save_models(folder: Path, params: Params) -> None:
         save_model(kind(**config), config, folder / name)
 
 
-def _training(training: Training, images: int) -> Training:
-    """The same training, of so many images, without checkpoints on the way."""
-    changed = {"images": images, "lr_warmup": min(training.lr_warmup, images), "validate_every": images, "checkpoint_every": images}
-    return training.model_copy(update=changed)
-
-
-def ddpm_trainer(params: Params, data: torch.Tensor, labels: torch.Tensor, images: int, **more: Any) -> Trainer[Denoiser]:
-    """The default training of a denoiser on uint8 images (N, C, H, W), of which it is to see so many; nothing is validated."""
-    ddpm: DDPM = params.ddpm
-    torch.manual_seed(params.seed)
-    denoiser = Denoiser(**denoiser_config(ddpm, (data.shape[1], data.shape[2], data.shape[3]), CLASSES))
-    return Trainer(denoiser, DenoisingStep(ddpm), data, labels, _training(ddpm.training, images), name="ddpm", **_common(params) | more)
-
-
 def vae_trainer(params: Params, model: VAE, data: torch.Tensor, images: int) -> Trainer[VAE]:
-    """The default training of this VAE."""
-    vae: VAEParams = params.vae
-    return Trainer(model, VAEStep(vae), data, None, _training(vae.training, images), name="vae", **_common(params))
-
-
-def _common(params: Params) -> dict[str, Any]:
-    return {"seed": params.seed, "precision": params.precision, "validate": lambda _: {"validation": 0.0}, "log": lambda *_: None}
+    """The default training of this VAE on uint8 images (N, C, H, W), of which it is to see so many; nothing is validated."""
+    whole = params.vae.training
+    warmup = min(whole.lr_warmup, images // 10)
+    config = whole.model_copy(update={"images": images, "lr_warmup": warmup, "validate_every": images, "checkpoint_every": images})
+    return Trainer(
+        model,
+        VAEStep(params.vae),
+        data,
+        None,
+        config,
+        name="vae",
+        seed=params.seed,
+        precision=params.precision,
+        validate=lambda _: {},
+        log=lambda *_: None,
+    )

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks.checkout import ROOT, make_repository, quiet_environment
-from benchmarks.made_up import NoCheckpoint, ddpm_trainer, image_set
+from benchmarks.made_up import NoCheckpoint, image_set
+from benchmarks.ours import trainer
 from benchmarks.report import Settings, Table
 from rediffuse.params import Params, load_params
 from rediffuse.tracking.row import stage_run
@@ -65,8 +66,9 @@ class Training:
 
     def plain(self, log: Log = lambda *_: None) -> tuple[float, float]:
         """Wall-clock and processor seconds of the loop."""
-        trainer = ddpm_trainer(self.params, self.data, self.labels, self.images, log=log)
-        return spent(lambda: trainer.train(NoCheckpoint()))
+        every = self.params.ddpm.training.log_every
+        run = trainer(self.params, self.data, self.labels, seen=self.images, log=log, log_every=every)
+        return spent(lambda: run.train(NoCheckpoint()))
 
     def tracked(self) -> dict[str, float]:
         """Seconds of each part of a stage with a row."""

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.made_up import SHAPE, NoCheckpoint, image_set, vae_trainer
+from benchmarks.made_up import NoCheckpoint, image_set, vae_trainer
+from benchmarks.peers import SHAPE, training_flops
 from benchmarks.report import RATIO, Settings, Table
 from benchmarks.workers import Turn, Workers, ratio
 from rediffuse.data.pixels import to_unit
@@ -53,11 +53,10 @@ def rediffuse(images: int) -> Turn:
     make_deterministic()
     data = torch.from_numpy(image_set(images).images).to(device())
     vae_trainer(params, make_vae(params), data, WARMUP * params.vae.training.batch).train(NoCheckpoint())
-    flops = _flops(lambda: elbo(make_vae(params).to(device()), to_unit(data[:1]), _noise(params)).total.sum())
 
-    def turn() -> dict[str, float]:
+    def turn() -> float:
         trainer = vae_trainer(params, make_vae(params), data, images)
-        return _rate(lambda: trainer.train(NoCheckpoint()), trainer.steps * params.vae.training.batch) | {"flops": flops}
+        return _rate(lambda: trainer.train(NoCheckpoint()), trainer.steps * params.vae.training.batch)
 
     return turn
 
@@ -80,8 +79,7 @@ def plain(images: int) -> Turn:
             step(of[indices])
 
     epoch(data[: WARMUP * batch])
-    flops = _flops(lambda: elbo(vae, data[:1], _noise(params)).total.sum())
-    return lambda: _rate(lambda: epoch(data), len(data)) | {"flops": flops}
+    return lambda: _rate(lambda: epoch(data), len(data))
 
 
 def pythae_model(vae: VAE) -> Any:
@@ -129,34 +127,31 @@ def pythae(images: int) -> Turn:
         return made
 
     trainer(data[: WARMUP * training.batch]).train_step(epoch=1)
-    model = pythae_model(make_vae(params)).to(device())
-    flops = _flops(lambda: model({"data": data[:1].to(device())}).loss)
     timed = trainer(data)
 
-    def turn() -> dict[str, float]:
+    def turn() -> float:
         assert folder.name  # kept as long as the trainer
-        return _rate(lambda: timed.train_step(epoch=1), images) | {"flops": flops}
+        return _rate(lambda: timed.train_step(epoch=1), images)
 
     return turn
 
 
-def _noise(params: Params) -> Tensor:
-    return torch.zeros(1, params.vae.latent_dim, device=device())
+def our_flops(params: Params) -> float:
+    """Of forward and backward for one image, in the Trainer and in the plain loop."""
+    noise = torch.zeros(1, params.vae.latent_dim)
+    return training_flops(lambda: elbo(make_vae(params), torch.rand(1, *SHAPE), noise).total)
 
 
-def _rate(work: Callable[[], object], images: int) -> dict[str, float]:
+def pythae_flops(params: Params) -> float:
+    return training_flops(lambda: pythae_model(make_vae(params))({"data": torch.rand(1, *SHAPE)}).loss)
+
+
+def _rate(work: Callable[[], object], images: int) -> float:
     begin = time.perf_counter()
     work()
     if device().type == "cuda":
         torch.cuda.synchronize()
-    return {"rate": images / (time.perf_counter() - begin)}
-
-
-def _flops(loss: Callable[[], Tensor]) -> int:
-    """Floating-point operations of forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        loss().backward()
-    return counter.get_total_flops()
+    return images / (time.perf_counter() - begin)
 
 
 CONTENDERS: dict[str, Callable[[int], Turn]] = {OURS: rediffuse, "pythae, BaseTrainer": pythae, "plain float32 loop": plain}
@@ -169,10 +164,8 @@ def measure(settings: Settings) -> list[Table]:
     there = importlib.util.find_spec("pythae") is not None
     contenders = {name: partial(make, images) for name, make in CONTENDERS.items() if there or make is not pythae}
     with Workers(contenders) as workers:
-        results, peaks = workers.turns(turns), workers.peaks()
-    rates = {name: [turn["rate"] for turn in found] for name, found in results.items()}
-    rows = [
-        [name, median(rates[name]), ratio(rates[OURS], rates[name]), results[name][0]["flops"] / 1e6, peaks[name]] for name in contenders
-    ]
+        rates, peaks = workers.turns(turns), workers.peaks()
+    flops = {name: (pythae_flops if CONTENDERS[name] is pythae else our_flops)(params) for name in contenders}
+    rows = [[name, median(rates[name]), ratio(rates[OURS], rates[name]), flops[name] / 1e6, peaks[name]] for name in contenders]
     note = f"{images:,} images of noise a turn, batch {batch}; median of {turns} turns" + ("" if there else f".  {LEFT_OUT}")
     return [Table("training the VAE, whole steps", ["by", "images/s", RATIO, "MFLOP/image", "peak MiB"], rows, note)]
