@@ -1,22 +1,26 @@
 """Self-attention written out against scaled_dot_product_attention, forward and backward, at the sizes of the default denoiser.
 
-    python benchmarks/attention.py      # prints medians in turn (A B A B ...) and their ratio
-
-The reason why `rediffuse.diffusion.unet.SelfAttention` writes it out.  Times depend on the machine and its load; the ratio is
-what counts.
+The reason why `rediffuse.diffusion.unet.SelfAttention` writes it out.  In turn (A B A B ...) in one process, median.  Times depend on the
+machine and its load; the ratio is what counts.
 """
+
+from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.report import RATIO, Settings, Table
 from rediffuse.training.hardware import computes_bfloat16
 
 BATCH, POSITIONS, HEADS, DIMENSION = 64, 49, 2, 64
-TURNS = 15
+TURNS, WARMUP = 15, 2
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -24,28 +28,23 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-def seconds(attention, qkv: Tensor) -> float:
+CONTENDERS: dict[str, Attention] = {"written out": written_out, "scaled_dot_product_attention": scaled_dot_product_attention}
+
+
+def seconds(attention: Attention, qkv: Tensor) -> float:
+    """Of forward and backward."""
     begin = time.perf_counter()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (BATCH, HEADS, POSITIONS, DIMENSION), strided as in the network
     attention(q, k, v).sum().backward()
     return time.perf_counter() - begin
 
 
-def main() -> None:
+def measure(settings: Settings) -> list[Table]:
     dtype = torch.bfloat16 if computes_bfloat16(torch.device("cpu")) else torch.float32
     qkv = torch.randn(BATCH, POSITIONS, 3, HEADS, DIMENSION, dtype=dtype, requires_grad=True)
-    contenders = {"written out": written_out, "scaled_dot_product_attention": scaled_dot_product_attention}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(TURNS + 2):
-        for name, attention in contenders.items():
-            spent = seconds(attention, qkv)
-            if turn >= 2:  # the first turns warm up
-                times[name].append(spent)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, {torch.backends.cpu.get_cpu_capability()}")
-    for name, median in medians.items():
-        print(f"{name:30s} {1000 * median:7.2f} ms  {median / medians['written out']:5.2f} x")
-
-
-if __name__ == "__main__":
-    main()
+    turns = 3 if settings.quick else TURNS
+    rounds = [{name: seconds(attention, qkv) for name, attention in CONTENDERS.items()} for _ in range(WARMUP + turns)][WARMUP:]
+    medians = {name: statistics.median(times[name] for times in rounds) for name in CONTENDERS}
+    rows = [[name, 1000 * median, median / medians["written out"]] for name, median in medians.items()]
+    note = f"{dtype}, batch {BATCH}, {POSITIONS} positions, {HEADS} heads of {DIMENSION}; median of {turns} turns"
+    return [Table("attention at 7x7 positions, forward and backward", ["attention", "ms", RATIO], rows, note)]

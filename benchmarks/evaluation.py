@@ -1,23 +1,27 @@
-"""All scores of one image set by `rediffuse.evaluation`, against torch-fidelity called plainly on the same features.
-
-    python benchmarks/evaluation.py                          # 10,000 against 10,000 images, 64 features: median of 3 turns
-    python benchmarks/evaluation.py --images 2000 --turns 1  # a short trial
+"""All scores of one image set, ours against torch-fidelity on the same features; and all of an evaluation, part by part.
 
 `judge` gives fd, is, kid, precision and recall (the same numbers, which is checked) and beside them fd_inf, density and coverage.
 torch-fidelity is called through `calculate_metrics` as its documentation shows, with a registered extractor that hands the features
-through: once with its defaults, once with `save_cpu_ram`.  Every call has its own process, in turn (A B C A B C ...); the time is that of
-the call alone, the peak is what the process has held at most, imports and features included.  With its defaults torch-fidelity starts
-worker processes, whose memory comes on top.  Times depend on the machine and its load; the ratios are what counts.
+through: once with its defaults, once with `save_cpu_ram`.  Every contender has its own process, in turn (A B C A B C ...); the time is
+that of the call alone, the peak is what the process has held at most, imports and features included.  With its defaults torch-fidelity
+starts worker processes, whose memory comes on top.
+
+The whole evaluation: training images 50,000 to 60,000 of Fashion-MNIST pose as samples; the other 50,000 are what they may have been
+copied from.  The reference features of the test images are measured once per data set by the stage `reference`, and stand apart.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
 import math
-import resource
+import multiprocessing
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +29,18 @@ import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from benchmarks.made_up import image_set
+from benchmarks.report import RATIO, Settings, Table
+from benchmarks.workers import Turn, Workers, ratio
+from rediffuse.data.fashion_mnist import load_fashion_mnist
+from rediffuse.evaluation.accuracy_score import IMAGES, classification_accuracy_score
+from rediffuse.evaluation.classifier import SHIPPED
 from rediffuse.evaluation.features import Features
-from rediffuse.evaluation.fidelity import judge
-from rediffuse.params import Evaluate
+from rediffuse.evaluation.fidelity import SEED, class_distances, judge
+from rediffuse.evaluation.instruments import make_instrument
+from rediffuse.evaluation.memorisation import Neighbourhood, memorisation
+from rediffuse.params import Evaluate, load_params
+from rediffuse.training.hardware import autocast, device
 
 DIMENSION, CLASSES = 64, 10
 SETTINGS = Evaluate(
@@ -40,6 +53,7 @@ NAMES = {  # of torch-fidelity -> ours
     "precision": "precision",
     "recall": "recall",
 }
+OURS = "rediffuse: judge"
 
 
 class Rows(Dataset[Tensor]):
@@ -83,7 +97,7 @@ class Ready(torch_fidelity.FeatureExtractorBase):
 torch_fidelity.register_feature_extractor("ready-features", Ready)
 
 
-def plain(generated: Features, real: Features, **settings) -> dict[str, float]:
+def plain(generated: Features, real: Features, **settings: Any) -> dict[str, float]:
     """IS, FD, KID, precision and recall from `torch_fidelity.calculate_metrics`, under our names."""
     found = torch_fidelity.calculate_metrics(
         input1=Rows(generated),
@@ -91,6 +105,7 @@ def plain(generated: Features, real: Features, **settings) -> dict[str, float]:
         feature_extractor="ready-features",
         dimension=generated.dimension,  # handed on to Ready
         cuda=False,  # its default breaks where there is no GPU
+        verbose=False,
         isc=True,
         fid=True,
         kid=True,
@@ -101,7 +116,7 @@ def plain(generated: Features, real: Features, **settings) -> dict[str, float]:
 
 
 CONTENDERS = {
-    "rediffuse: judge": lambda generated, real: judge(generated, real, SETTINGS),
+    OURS: lambda generated, real: judge(generated, real, SETTINGS),
     "torch-fidelity": plain,
     "torch-fidelity, save_cpu_ram": lambda generated, real: plain(generated, real, save_cpu_ram=True),
 }
@@ -114,54 +129,101 @@ def made_up(n: int, seed: int, scale: float) -> Features:
     return Features(values, 5 * values[:, :CLASSES])
 
 
-def peak() -> float:
-    """MiB that this process has held at most."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def measure(contender: str, n: int) -> dict[str, float | dict[str, float]]:
-    """Seconds, peak in MiB and scores of one call, in this process."""
+def scoring(contender: str, n: int) -> Turn:
+    """A turn: seconds and scores of one call, n images on each side."""
+    # A process that was spawned spawns its own as well, which would make torch-fidelity's loaders import everything anew, for minutes.
+    multiprocessing.set_start_method(None, force=True)
     generated, real = made_up(n, seed=1, scale=1.1), made_up(n, seed=2, scale=1.0)
-    begin = time.perf_counter()
-    scores = CONTENDERS[contender](generated, real)
-    return {"seconds": time.perf_counter() - begin, "peak": peak(), "scores": scores}
+
+    def turn() -> dict[str, Any]:
+        begin = time.perf_counter()
+        scores = CONTENDERS[contender](generated, real)
+        return {"seconds": time.perf_counter() - begin, "scores": scores}
+
+    return turn
 
 
-def measure_apart(contender: str, n: int) -> dict:
-    """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--images", str(n), "--contender", contender]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout)
-
-
-def check_same(turn: dict[str, dict]) -> None:
-    """The contenders measured the same thing, or the times say nothing."""
-    ours = turn["rediffuse: judge"]["scores"]
-    for name, found in turn.items():
+def check_same(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise RuntimeError unless the contenders measured the same thing: else the times say nothing."""
+    for name, found in scores.items():
         for metric in NAMES.values():
-            if not math.isclose(found["scores"][metric], ours[metric], rel_tol=1e-6):
-                raise SystemExit(f"{name} gives {metric} = {found['scores'][metric]}, rediffuse {ours[metric]}")
+            if not math.isclose(found[metric], scores[OURS][metric], rel_tol=1e-6):
+                raise RuntimeError(f"{name} gives {metric} = {found[metric]}, rediffuse {scores[OURS][metric]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=10_000, help="on each side")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--contender", choices=CONTENDERS, help="measure one call here and print it as JSON")
-    arguments = parser.parse_args()
-    if arguments.contender:
-        print(json.dumps(measure(arguments.contender, arguments.images)))
-        return
-    turns = [{name: measure_apart(name, arguments.images) for name in CONTENDERS} for _ in range(arguments.turns)]
-    for turn in turns:
-        check_same(turn)
-    medians = {name: [statistics.median(turn[name][of] for turn in turns) for of in ("seconds", "peak")] for name in CONTENDERS}
-    base_seconds, base_peak = medians["rediffuse: judge"]
-    versions = f"torch {torch.__version__}, torch-fidelity {torch_fidelity.__version__}, {torch.get_num_threads()} threads"
-    print(f"{arguments.images} against {arguments.images} images, {DIMENSION} features, median of {arguments.turns}; {versions}")
-    for name, (seconds, mebibytes) in medians.items():
-        print(f"{name:30s} {seconds:7.2f} s {seconds / base_seconds:6.2f} x {mebibytes:8.0f} MiB {mebibytes / base_peak:6.2f} x")
+def measure_scores(n: int, turns: int) -> Table:
+    """`judge` against torch-fidelity, n against n images."""
+    with Workers({name: partial(scoring, name, n) for name in CONTENDERS}) as workers:
+        results, peaks = workers.turns(turns), workers.peaks()
+    for number in range(turns):
+        check_same({name: turn[number]["scores"] for name, turn in results.items()})
+    times = {name: [turn["seconds"] for turn in of] for name, of in results.items()}
+    rows = [
+        [name, statistics.median(spent), ratio(spent, times[OURS]), peaks[name], peaks[name] / peaks[OURS]] for name, spent in times.items()
+    ]
+    note = f"{n:,} against {n:,} images, {DIMENSION} features; median of {turns} turns; the same scores in each, to 1e-6"
+    return Table("all scores of one image set", ["by", "s", RATIO, "peak MiB", "of ours"], rows, note)
 
 
-if __name__ == "__main__":
-    main()
+# All that one sample set is judged by
+
+
+def whole(quick: bool) -> Turn:
+    """A turn: seconds of each part of an evaluation, by name; the last is the sum of those of one sample set."""
+    params = load_params().evaluate
+    settings = params.model_copy(update={"kid_subset_size": 100, "accuracy_images": 1280} if quick else {"accuracy_images": IMAGES})
+    splits = {"train": image_set(1200), "test": image_set(400, seed=1)} if quick else load_fashion_mnist()
+    train, test = splits["train"], splits["test"]
+    boundary = len(train) * 5 // 6
+    samples, seen_before = train.take(np.arange(boundary, len(train))), train.take(np.arange(boundary))
+    with tempfile.TemporaryDirectory() as folder:
+        instrument = make_instrument(SHIPPED[0], train, Path(folder))
+
+    def turn() -> dict[str, float]:
+        spent = dict[str, float]()
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            begin = time.perf_counter()
+            yield
+            spent[name] = time.perf_counter() - begin
+
+        with part("(once per data set: features and neighbours of the test images)"):
+            real, unseen = instrument.measure(test.images), Neighbourhood.of(test.images, seen_before.images)
+        with part("all of one sample set"):
+            with part("features"):
+                seen = instrument.measure(samples.images)
+            with part("fd, fd_inf, kid, is, precision, recall, density, coverage"):
+                judge(seen, real, settings)
+            with part("distance by class"):
+                class_distances(seen, torch.from_numpy(samples.labels), real, torch.from_numpy(test.labels), test.classes)
+            with part("memorisation"):
+                memorisation(Neighbourhood.of(samples.images, seen_before.images), unseen)
+            with part("accuracy score"):
+                classification_accuracy_score(
+                    samples.images,
+                    samples.labels,
+                    test.images,
+                    test.labels,
+                    len(test.classes),
+                    seed=SEED,
+                    seen=settings.accuracy_images,
+                    device=device(),
+                    autocast=autocast(device(), "auto"),
+                )
+        return spent
+
+    return turn
+
+
+def measure_whole(*, quick: bool = False) -> Table:
+    """Everything that one sample set is judged by, with one instrument."""
+    with Workers({"whole": partial(whole, quick)}) as workers:
+        (spent,), peak = workers.turns(1)["whole"], workers.peaks()["whole"]
+    note = f"10,000 images of Fashion-MNIST, {SHIPPED[0]}; one run; peak {peak:,.0f} MiB"
+    return Table("a whole evaluation, part by part", ["part", "s"], [[name, seconds] for name, seconds in spent.items()], note)
+
+
+def measure(settings: Settings) -> list[Table]:
+    n, turns = (1000, 1) if settings.quick else (10_000, settings.turns)
+    return [measure_scores(n, turns), measure_whole(quick=settings.quick)]

@@ -30,10 +30,10 @@ def parameters(precision: str = "auto") -> Params:
     return load_params().model_copy(update={"precision": precision})
 
 
-def denoiser(params: Params) -> Denoiser:
-    """As the stage train_ddpm makes it, with random weights."""
+def denoiser(params: Params, shape: tuple[int, int, int] = SHAPE) -> Denoiser:
+    """As the stage train_ddpm makes it, with random weights, for images (C, H, W)."""
     torch.manual_seed(params.seed)
-    return Denoiser(**denoiser_config(params.ddpm, SHAPE, CLASSES))
+    return Denoiser(**denoiser_config(params.ddpm, shape, CLASSES))
 
 
 def network_inputs(model: Denoiser, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -59,7 +59,7 @@ def trainer(
     )
     make_deterministic()
     return Trainer(
-        denoiser(params),
+        denoiser(params, (images.shape[1], images.shape[2], images.shape[3])),
         DenoisingStep(params.ddpm),
         images.to(device()),
         None if labels is None else labels.to(device()),
@@ -67,6 +67,7 @@ def trainer(
         name="ddpm",
         seed=params.seed,
         precision=params.precision,
+        compile=params.compile,
         validate=lambda _: {},
         log=log,
     )

@@ -1,14 +1,14 @@
-"""The latent space of a VAE: where the images lie in it, and what lies where."""
+"""The latent space of a VAE: where the images lie in it, and what lies where.
+
+Matplotlib is imported when the first picture is drawn: at the top it would keep the training that comes before waiting for a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import NormalDist
 
-import matplotlib
-import matplotlib.style
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rediffuse.figures.render import render
@@ -22,6 +22,10 @@ def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: 
     means: (N, latent_dim).  Two dimensions are drawn as they are; of more, the first two principal components, with their
     share of the variance; a single one against the class.
     """
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
     points, axes = _plane(means, labels)
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
         figure = Figure(figsize=(11 if labels is not None else 9, 9), dpi=100, layout="constrained")
