@@ -280,7 +280,8 @@ def test_config_of_an_unconditional_model_has_no_classes():
 @pytest.mark.parametrize("class_names", [["a", "b", "c"], []])
 def test_a_step_logs_sums_that_belong_to_its_loss(class_names):
     denoiser, images, labels = make(class_names=class_names), (noisy(16).sigmoid() * 255).to(torch.uint8), torch.arange(16) % 3
-    loss, measures = DenoisingStep(SETTINGS)(denoiser, images, labels, seeded(), 0)
+    step = DenoisingStep(SETTINGS)
+    loss, measures = step(denoiser, images, labels, step.draw(denoiser, images.shape, seeded()), 0)
     total, count = measures["loss"]
     assert count == 16 and total / count == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(sum(measures[f"loss_q{i}"] for i in (1, 2, 3, 4)), measures["loss"])
@@ -315,7 +316,7 @@ def overfit(predict: str) -> tuple[Denoiser, float, float]:
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     losses = []
     for i in range(250):
-        loss, _ = step(denoiser, images, labels, seeded(i), 0)
+        loss, _ = step(denoiser, images, labels, step.draw(denoiser, images.shape, seeded(i)), 0)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.objective import by_quarter, denoising_loss, drop_labels, quarter_means, stratified_t, validation_loss
+from rediffuse.diffusion.objective import by_quarter, denoising_loss, draw_noise, noised_loss, quarter_means, stratified_t, validation_loss
 from rediffuse.diffusion.schedule import Predict, Schedule
 
 PREDICTIONS: list[Predict] = ["eps", "x0", "v"]
@@ -82,20 +83,33 @@ def test_each_single_t_is_uniform(batch):
 
 def test_labels_are_dropped_one_by_one():
     p, batch, n, generator = 0.1, 64, 2000, seeded()
-    labels = torch.arange(batch) % 10
-    dropped = torch.stack([drop_labels(labels, 10, p, generator) == 10 for _ in range(n)])
+    dropped = torch.stack([draw_noise((batch, 1, 1, 1), 100, generator, label_drop=p)["dropped"] for _ in range(n)])
     share = dropped.double().mean().item()
     assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / (batch * n))
     # Independent drops: the number per batch varies as a binomial does; dropping whole batches would have 64 times its variance.
     assert dropped.sum(1).double().var().item() == pytest.approx(batch * p * (1 - p), rel=0.2)
-    assert torch.equal(labels, torch.arange(batch) % 10)
 
 
 def test_labels_that_are_not_dropped_stay():
-    labels = torch.arange(1000) % 10
-    assert torch.equal(drop_labels(labels, 10, 0.0, seeded()), labels)
-    kept = drop_labels(labels, 10, 0.5, seeded())
+    labels, network = torch.arange(500) % 10, Guess("v")
+    for label_drop in (0.0, 0.5):
+        denoising_loss(network, images(500), labels, seeded(), label_drop=label_drop)
+    (_, _, all_kept), (_, _, kept) = network.asked
+    assert torch.equal(all_kept, labels) and torch.equal(labels, torch.arange(500) % 10)
     assert ((kept == labels) | (kept == 10)).all() and (kept == 10).any()
+
+
+def test_the_loss_of_a_slice_is_a_slice_of_the_loss():
+    """Two processes that share a batch: noise drawn as a whole, t stratified over all of it."""
+    x_0, labels, network = images(8), torch.arange(8), Guess("v")
+    noise = draw_noise(x_0.shape, network.schedule.T, seeded(5), label_drop=0.5)
+    settings: dict[str, Any] = {"weighting": "min-snr", "gamma": 5.0}
+    whole = denoising_loss(network, x_0, labels, seeded(5), label_drop=0.5, **settings)
+    for part in (slice(0, 3), slice(3, 8)):
+        losses, t = noised_loss(network, x_0[part], labels[part], {key: value[part] for key, value in noise.items()}, **settings)
+        torch.testing.assert_close(losses, whole[0][part])
+        assert torch.equal(t, whole[1][part])
+        assert torch.equal(network.asked[-1][2], network.asked[0][2][part])
 
 
 # The loss

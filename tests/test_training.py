@@ -62,16 +62,31 @@ class Step:
         self.rates: list[float] = []
         self.weights: list[dict[str, Tensor]] = []
 
-    def __call__(self, model: Net, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int) -> Any:
+    def draw(self, model: Net, shape: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"target": torch.randn(shape[0], 3, generator=generator)}
+
+    def __call__(self, model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
         assert model.training
         self.images.append(images[:, 0, 0, 0].clone())
         self.seen.append(seen)
         if self.trainer:
             self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
             self.weights.append(copy.deepcopy(model.state_dict()))
-        target = torch.randn(len(images), 3, generator=generator)
-        losses = (model(images) - target).square().mean(1)
+        losses = (model(images) - noise["target"]).square().mean(1)
         return losses.mean(), {"loss": torch.stack([losses.detach().sum(), losses.new_tensor(len(images))])}
+
+
+class Noiseless:
+    """A step of this loss, in which nothing is random."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def draw(self, model: Net, shape: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.loss(*arguments)
 
 
 class NoCheckpoint(Checkpoint):
@@ -317,7 +332,10 @@ def test_validation_sees_the_average_in_evaluation_mode(tmp_path):
 class Counting:
     """A step whose logged value is known: the number of the step, counted twice; and one that only some steps have."""
 
-    def __call__(self, model: Net, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int) -> Any:
+    def draw(self, model: Net, shape: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def __call__(self, model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
         number = seen // len(images)
         measures = {"number": torch.tensor([2.0 * number, 2.0]), "rare": torch.tensor([5.0, 1.0]) if number == 0 else torch.zeros(2)}
         return model(images).square().mean(), measures
@@ -337,7 +355,8 @@ def test_curves_are_means_over_the_steps_since_the_last_point(tmp_path):
 def test_labels_are_those_of_the_images():
     found: list[Tensor] = []
 
-    def step(model: Net, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int) -> Any:
+    @Noiseless
+    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
         assert labels is not None
         found.append(labels - 2 * images[:, 0, 0, 0])
         return model(images).square().mean(), {}
@@ -350,7 +369,8 @@ def test_labels_are_those_of_the_images():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_names_what_to_change(tmp_path, value):
-    def step(model: Net, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int) -> Any:
+    @Noiseless
+    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
         loss = model(images).square().mean() * (value if seen >= 8 else 1)
         return loss, {"loss": torch.stack([loss.detach(), torch.ones(())])}
 
@@ -378,7 +398,8 @@ def test_bfloat16_is_used_where_auto_finds_it_in_hardware(monkeypatch, precision
     monkeypatch.setattr(hardware, "computes_bfloat16", lambda on: in_hardware)
     dtypes = []
 
-    def step(model: Net, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int) -> Any:
+    @Noiseless
+    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
         output = model(images)
         dtypes.append(output.dtype)
         return output.float().square().mean(), {}

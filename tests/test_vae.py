@@ -207,7 +207,8 @@ def test_free_bits_cost_nothing_and_are_counted_per_dimension_on_the_batch_mean(
 def step_of(settings: dict, seen: int) -> tuple[float, dict[str, float]]:
     vae = make_vae()
     step = VAEStep(SETTINGS.model_copy(update=settings))
-    loss, measures = step(vae, patterns(16), None, seeded(), seen)
+    images = patterns(16)
+    loss, measures = step(vae, images, None, step.draw(vae, images.shape, seeded()), seen)
     return loss.item(), {name: (total / count).item() for name, (total, count) in measures.items()}
 
 

@@ -6,6 +6,7 @@ that a CPU and a GPU train on the same noise.  Knows the denoiser only through `
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -43,10 +44,28 @@ def stratified_t(batch: int, T: int, generator: torch.Generator) -> Tensor:
     return (u * T).long().clamp(max=T - 1) + 1  # u itself may round up to 1
 
 
-def drop_labels(labels: Tensor, null: int, p: float, generator: torch.Generator) -> Tensor:
-    """Replace each label by `null` with probability p, independently of the others (Ho & Salimans 2022, arXiv:2207.12598)."""
-    dropped = torch.rand(len(labels), generator=generator) < p
-    return labels.masked_fill(dropped.to(labels.device), null)
+def draw_noise(shape: Sequence[int], T: int, generator: torch.Generator, *, label_drop: float = 0.0) -> dict[str, Tensor]:
+    """All that is random in the loss of a batch (B, C, H, W) = shape: t (B,), eps (B, C, H, W), and dropped (B,), the labels to hide.
+
+    Apart from the loss, because t is stratified over the whole batch and processes that share one must agree on it.
+    """
+    t = stratified_t(shape[0], T, generator)
+    eps = torch.randn(*shape, generator=generator)
+    return {"t": t, "eps": eps, "dropped": torch.rand(shape[0], generator=generator) < label_drop}
+
+
+def noised_loss(
+    denoiser: Network, x_0: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], *, weighting: Weighting, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of each image under the noise of `draw_noise`, or a slice of it, and the time it was noised to, as `denoising_loss`.
+
+    A dropped label becomes `classes`, independently of the others (Ho & Salimans 2022, arXiv:2207.12598).
+    """
+    schedule, predict, t = denoiser.schedule, denoiser.predict, noise["t"].to(x_0.device)
+    if labels is not None:
+        labels = labels.masked_fill(noise["dropped"].to(labels.device), denoiser.classes)
+    losses = _squared_error(denoiser, x_0, labels, t, noise["eps"].to(x_0))
+    return schedule.loss_weight(predict, weighting, gamma, t).to(losses.dtype) * losses, t
 
 
 def denoising_loss(
@@ -59,18 +78,14 @@ def denoising_loss(
     gamma: float = 5.0,
     label_drop: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each image and the time it was noised to (Ho et al. 2020, algorithm 1).
+    """The loss of each image and the time it was noised to (Ho et al. 2020, algorithm 1): both steps in one.
 
-    x_0: (B, C, H, W) in [-1, 1]; labels: int64 (B,), or None without conditioning; generator: on the CPU; gamma: of min-snr.
+    x_0: (B, C, H, W) in [-1, 1]; labels: int64 (B,), or None without conditioning; generator: on the CPU; gamma: of min-snr;
+    label_drop: share of the labels hidden from the network.
     Returns losses (B,), weighted, averaged over C, H, W; and t int64 (B,); both on x_0's device.
     """
-    schedule, predict = denoiser.schedule, denoiser.predict
-    t = stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-    if labels is not None:
-        labels = drop_labels(labels, denoiser.classes, label_drop, generator)
-    losses = _squared_error(denoiser, x_0, labels, t, eps)
-    return schedule.loss_weight(predict, weighting, gamma, t).to(losses.dtype) * losses, t
+    noise = draw_noise(x_0.shape, denoiser.schedule.T, generator, label_drop=label_drop)
+    return noised_loss(denoiser, x_0, labels, noise, weighting=weighting, gamma=gamma)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rediffuse.data.pixels import to_signed
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.objective import QUARTERS, by_quarter, denoising_loss, validation_loss
+from rediffuse.diffusion.objective import QUARTERS, by_quarter, draw_noise, noised_loss, validation_loss
 from rediffuse.params import DDPM
 
 
@@ -27,17 +27,19 @@ class DenoisingStep:
     def __init__(self, params: DDPM) -> None:
         self.params = params
 
+    def draw(self, model: Denoiser, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+        return draw_noise(shape, model.schedule.T, generator, label_drop=self.params.label_drop)
+
     def __call__(
-        self, model: Denoiser, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int
+        self, model: Denoiser, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, t = denoising_loss(
+        losses, t = noised_loss(
             model,
             to_signed(images),
             labels if model.classes else None,
-            generator,
+            noise,
             weighting=self.params.loss_weight,
             gamma=self.params.min_snr_gamma,
-            label_drop=self.params.label_drop,
         )
         quarters = by_quarter(losses, t, model.schedule.T)  # (2, QUARTERS): sums and counts
         measures = {"loss": quarters.sum(1)} | {f"loss_q{i + 1}": quarters[:, i] for i in range(QUARTERS)}

@@ -7,7 +7,7 @@ needs no saved generator to go on with the very same numbers.  Durations are cou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -24,20 +24,29 @@ from rediffuse.training.hardware import Precision, autocast, seed_for
 ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
 
 Row = dict[str, float]
+Noise = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 Accepted = TypeVar("Accepted", bound=nn.Module, contravariant=True)
 
 
 class Step(Protocol[Accepted]):
-    """The loss of one batch, and what else to log of it.
+    """The loss of one batch, in two parts: what is random in it, and the loss itself.
 
-    images: uint8 (B, C, H, W); labels: int64 (B,) or None; generator: on the CPU, seeded for this step; seen: images before it.
-    Returns the scalar to minimise, and {name: (sum, count)}, each a tensor (2,); their means over log intervals are logged.
+    A batch may be shared among processes: its noise is drawn as a whole, the loss is that of a slice.
     """
 
+    def draw(self, model: Accepted, shape: Sequence[int], generator: torch.Generator, /) -> Noise:
+        """For images (B, C, H, W) = shape: tensors with B rows, by name, on the CPU.  generator: on the CPU, seeded for this step."""
+        ...
+
     def __call__(
-        self, model: Accepted, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int, /
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+        self, model: Accepted, images: Tensor, labels: Tensor | None, noise: Noise, seen: int, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and {name: (sum, count)}, each a tensor (2,); their means over log intervals are logged.
+
+        images: uint8 (B, C, H, W); labels: int64 (B,) or None; seen: images before this batch.
+        """
+        ...
 
 
 @dataclass
@@ -106,8 +115,9 @@ class Trainer(Generic[Model]):
         labels = None if self.labels is None else self.labels[batch]
         generator = torch.Generator().manual_seed(seed_for(self.seed, NOISE, self.done))
         torch.manual_seed(seed_for(self.seed, DROPOUT, self.done))  # dropout draws from the global generator
+        noise = self.step.draw(self.model, (config.batch, *self.images.shape[1:]), generator)
         with autocast(self.images.device, self.precision):
-            loss, measures = self.step(self.model, self.images[batch], labels, generator, seen)
+            loss, measures = self.step(self.model, self.images[batch], labels, noise, seen)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)

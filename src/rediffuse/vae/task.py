@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ class VAEStep:
     def __init__(self, params: VAEParams) -> None:
         self.params = params
 
+    def draw(self, model: VAE, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+        return {"eps": torch.randn(shape[0], model.latent_dim, generator=generator)}
+
     def __call__(
-        self, model: VAE, images: Tensor, labels: Tensor | None, generator: torch.Generator, seen: int
+        self, model: VAE, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        eps = torch.randn(len(images), model.latent_dim, generator=generator).to(images.device)
-        terms = elbo(model, to_unit(images), eps)
+        terms = elbo(model, to_unit(images), noise["eps"].to(images.device))
         weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
         loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits)
         measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
