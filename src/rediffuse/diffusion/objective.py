@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rediffuse.diffusion.schedule import Predict, Schedule, Weighting
+from rediffuse.training.distributed import dealt, total
 
 QUARTERS = 4  # losses are also reported by quarter of t: (0, T/4], ..., (3T/4, T]
 
@@ -95,21 +96,24 @@ def validation_loss(denoiser: Network, x_0: Tensor, labels: Tensor | None, *, se
     Image i always meets the same noise at the same t/T, t stratified over the images, so that losses compare between epochs,
     runs, weightings and kinds of prediction (not between schedules: the same t/T is another SNR there).  Whatever the network
     puts out is rated as the eps it implies.  Nothing but memory and rounding depends on `chunk`, the number of images
-    evaluated at once.  The caller puts the network into eval mode.
+    evaluated at once.  The caller puts the network into eval mode.  The chunks are shared among the processes, all of which get the same.
 
     x_0: (N, C, H, W) in [-1, 1]; labels: int64 (N,), none dropped, or None.  Quarters that no t falls into are left out.
     """
     schedule, predict = denoiser.schedule, denoiser.predict
     generator = torch.Generator().manual_seed(seed)
     t = stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
-    losses = []
-    for i in range(0, len(x_0), chunk):
-        x, y = x_0[i : i + chunk], None if labels is None else labels[i : i + chunk]
+    losses = x_0.new_zeros(len(x_0))
+    starts = range(0, len(x_0), chunk)
+    for i, start in enumerate(starts):
+        rows = slice(start, start + chunk)
+        x, y = x_0[rows], None if labels is None else labels[rows]
         # Image by image: what torch.randn draws for an image would otherwise depend on the size of the chunk.
         eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x]).to(x)
-        losses.append(_squared_error(denoiser, x, y, t[i : i + chunk], eps))
+        if i in dealt(len(starts)):
+            losses[rows] = _squared_error(denoiser, x, y, t[rows], eps)
     in_eps = schedule.error_scale("eps", t) / schedule.error_scale(predict, t)
-    all_losses = torch.cat(losses) * in_eps
+    all_losses = total(losses) * in_eps
     quarters = quarter_means(by_quarter(all_losses, t, schedule.T))
     return {"eps_mse": all_losses.mean().item()} | {f"eps_mse_{name}": value for name, value in quarters.items()}
 
