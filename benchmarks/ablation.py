@@ -23,11 +23,10 @@ import click
 import torch
 import yaml
 
-from rediffuse.data.images import load_images
+from benchmarks.ours import parameters, trainer
+from benchmarks.peers import random_images
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config
 from rediffuse.params import DDPM, load_params
-from rediffuse.training.hardware import make_deterministic
 from rediffuse.training.loop import Trainer
 
 CALIBRATION = Path("benchmarks/results/ablation.json")
@@ -71,9 +70,8 @@ def main() -> None:
 def calibrate(seconds: float) -> None:
     """Measure how many images each variant handles in the time, on one core."""
     torch.set_num_threads(1)
-    make_deterministic()
     costs = {name: {key: changes[key] for key in COSTLY if key in changes} for name, changes in VARIANTS.items()}
-    trainers = {name: trainer(settings(changes)) for name, changes in costs.items() if changes or name == "base"}
+    trainers = {name: trainer_with(changes) for name, changes in costs.items() if changes or name == "base"}
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(TURNS):
         for name, each in trainers.items():
@@ -115,34 +113,14 @@ def table() -> None:
         click.echo(f"| {name} | {changed} | {images[name]:,} | {' | '.join(cells)} |")
 
 
-def settings(changes: dict[str, Any]) -> DDPM:
-    """The `ddpm` of params.yaml with these changes, by dotted names."""
+def trainer_with(changes: dict[str, Any]) -> Trainer[Denoiser]:
+    """A trainer of the `ddpm` of params.yaml with these changes, by dotted names."""
     tree = load_params().ddpm.model_dump()
     for name, value in changes.items():
         group, _, leaf = name.rpartition(".")
         (tree[group] if group else tree)[leaf] = value
-    return DDPM.model_validate(tree)
-
-
-def trainer(ddpm: DDPM) -> Trainer[Denoiser]:
-    """Ready to train on the first of the prepared images."""
-    train = load_images("data/prepared", "train")
-    images, labels = torch.tensor(train.images[:5000]), torch.tensor(train.labels[:5000])
-    denoiser = Denoiser(**denoiser_config(ddpm, train.shape, train.classes))
-    step = DenoisingStep(ddpm)
-    return Trainer(
-        denoiser,
-        step,
-        images,
-        labels,
-        ddpm.training,
-        name="ddpm",
-        seed=1,
-        precision="auto",
-        compile="never",
-        validate=lambda _: {},
-        log=lambda *_: None,
-    )
+    params = parameters().model_copy(update={"ddpm": DDPM.model_validate(tree)})
+    return trainer(params, *random_images(), seen=params.ddpm.training.images, log=lambda *_: None, log_every=10**9)
 
 
 def results(name: str) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import torch
 
 from rediffuse.data.images import ImageSet, load_images
 from rediffuse.errors import UserError
-from rediffuse.evaluation.features import load_features
+from rediffuse.evaluation.features import Features, load_features
 from rediffuse.evaluation.fidelity import frechet_distance, spread
 from rediffuse.evaluation.instruments import open_instrument
 from rediffuse.evaluation.memorisation import Neighbourhood, closest, load_neighbourhood, memorisation
@@ -35,6 +35,7 @@ from rediffuse.figures.scores import class_chart, score_chart
 from rediffuse.files import replace_file, write_json
 from rediffuse.params import Params, load_params
 from rediffuse.tracking.row import stage_run
+from rediffuse.training.distributed import is_main, process_group
 from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
 
@@ -42,6 +43,7 @@ FOLDER = Path("data/reference")
 PAIRS = 10  # nearest neighbours shown
 
 
+@process_group()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["vae", "ddpm"])
@@ -56,13 +58,16 @@ def main() -> None:
 
     with stage_run(f"evaluate@{model}", params, complete=True) as run:
         views = look(samples, params)
+        reconstructed = look_at_reconstructions(samples, views)
+        if not is_main():  # all processes look, the first one judges
+            return
         record: Record = {
             "model": model,
             "sampling": samples.sampling,
             "reference": reference["reference"],
             "train": reference["train"],
             "settings": describe_settings(params.evaluate),
-            "instruments": {view.instrument.id: judge_view(view, samples, reference, params) for view in views},
+            "instruments": {view.instrument.id: judge_view(view, reconstructed, reference, params) for view in views},
         }
         by_class(record, views, samples, test)
         record["memorisation"] = remember(samples, train, test, plots / "images")
@@ -107,14 +112,21 @@ def look(samples: SampleSets, params: Params) -> list[View]:
     return views
 
 
-def judge_view(view: View, samples: SampleSets, reference: Record, params: Params) -> Record:
+def look_at_reconstructions(samples: SampleSets, views: list[View]) -> dict[str, Features]:
+    """What each instrument, by its id, sees in the reconstructions, if there are any."""
+    if samples.reconstructions is None:
+        return {}
+    instruments = [view.instrument for view in views]
+    return {one.id: one.measure(samples.reconstructions, title=f"{one.id}, reconstructions") for one in instruments}
+
+
+def judge_view(view: View, reconstructed: dict[str, Features], reference: Record, params: Params) -> Record:
     """The record of one instrument: scores, their place between floor and ceiling, and those of a VAE's reconstructions."""
     distance = view.instrument.distance
     scores = score_sets(view, params.evaluate)
     record = instrument_record(view) | {"scores": scores}
     record |= position(scores[distance], reference["instruments"][view.instrument.id]["rows"], distance)
-    if samples.reconstructions is not None:
-        seen = view.instrument.measure(samples.reconstructions, title=f"{view.instrument.id}, reconstructions")
+    if (seen := reconstructed.get(view.instrument.id)) is not None:
         record["reconstructions"] = {distance: frechet_distance(seen, view.real)}
     return record
 

@@ -34,6 +34,7 @@ from rediffuse.evaluation.report import (
 from rediffuse.files import write_json
 from rediffuse.params import DIMENSIONS, Params, load_params
 from rediffuse.tracking.row import stage_run
+from rediffuse.training.distributed import is_main, process_group
 from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
 
@@ -41,6 +42,7 @@ FOLDER = Path("data/reference")
 METRICS, RECORD = Path("metrics/reference.json"), Path("metrics/evaluation/reference.json")
 
 
+@process_group()
 def main() -> None:
     params = load_params()
     make_deterministic()
@@ -53,13 +55,16 @@ def main() -> None:
         check_enough(len(test), DIMENSIONS[name], params.evaluate, "test images")
 
     with stage_run("reference", params) as run:
+        instruments = measure(params, everything, sets, test)
+        if not is_main():
+            return
         record: Record = {
             "reference": describe_reference(manifest),
             "train": describe_train(manifest),
             "n": params.sample.n,
             "sets": len(sets),
             "settings": describe_settings(params.evaluate),
-            "instruments": measure(params, everything, sets, test),
+            "instruments": instruments,
             "memorisation": remember(train, test, params.sample.n),
         }
         context = autocast(on, params.precision)
@@ -73,7 +78,10 @@ def main() -> None:
 
 
 def measure(params: Params, everything: ImageSet, sets: list[ImageSet], test: ImageSet) -> Record:
-    """The record of each instrument, by its id.  What it sees in the test images is kept beside it, for the evaluations."""
+    """The record of each instrument, by its id.  What it sees in the test images is kept beside it, for the evaluations.
+
+    All processes measure, the first one makes the records.
+    """
     n = params.sample.n
     pictures = {
         "mean_image": mean_image(everything.images, n),
@@ -83,14 +91,18 @@ def measure(params: Params, everything: ImageSet, sets: list[ImageSet], test: Im
     views, records, on = [], {}, device()
     for name in params.reference.instruments:
         instrument = make_instrument(name, everything, FOLDER / name, device=on, autocast=autocast(on, params.precision))
-        if warning := instrument.record.get("warning"):
-            print(f"warning: {instrument.id}: {warning}", file=sys.stderr)
         real = instrument.measure(test.images, title=f"{name}, test images")
-        save_features(FOLDER / name / "features.safetensors", {"test": real})
         view = View(instrument, real, [instrument.measure(real.images, title=f"{name}, training images") for real in sets])
         anchors = {title: instrument.measure(images, title=f"{name}, {title}") for title, images in pictures.items()}
+        if not is_main():
+            continue
+        if warning := instrument.record.get("warning"):
+            print(f"warning: {instrument.id}: {warning}", file=sys.stderr)
+        save_features(FOLDER / name / "features.safetensors", {"test": real})
         records[instrument.id] = instrument_record(view) | {"rows": reference_rows(view, anchors, params.evaluate), "classes": {}}
         views.append(view)
+    if not is_main():
+        return records
     classes = {"predicted": predicted_classes(views)}
     if test.labels is not None:
         labels = np.concatenate([real.labels for real in sets if real.labels is not None])

@@ -19,6 +19,7 @@ from rediffuse.params import Params, Sample, load_params
 from rediffuse.shards import SHARD, DrawShard, draw, shard_generator
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import load_model
+from rediffuse.training.distributed import barrier, is_main, process_group
 from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
 
@@ -26,6 +27,7 @@ COLUMNS = 10  # of the pictures
 STAGES_SHOWN = 10  # columns of the denoising strip
 
 
+@process_group()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["vae", "ddpm"])
@@ -35,18 +37,24 @@ def main() -> None:
     with stage_run(f"sample@{model}", params) as run, torch.inference_mode():
         folder, plots = Path(f"data/samples/{model}"), Path(f"metrics/plots/sample_{model}")
         settings = {"vae": draw_vae, "ddpm": draw_ddpm}[model](params, folder, plots)
+        if not is_main():
+            return
         about = {"n": params.sample.n, "seeds": params.sample.seeds, **settings, "rounding": ROUNDING}
         write_json(folder / "sampling.json", about)
         run.log_results(plots)
 
 
 def draw_sets(draw_shard: DrawShard, sample: Sample, classes: int, folder: Path) -> dict[str, np.ndarray]:
-    """Draw and save the set of each seed, with labels 0, 1, 2, ... in turn where there are classes; the first set is returned."""
+    """Draw and save the set of each seed, with labels 0, 1, 2, ... in turn where there are classes; the first set is returned.
+
+    All processes draw, the first one saves.
+    """
     for seed in reversed(sample.seeds):
         arrays = {"images": draw(sample.n, draw_shard, seed=seed, title=f"sample {folder.name}, seed {seed}").numpy()}
         if classes:
             arrays["labels"] = np.arange(sample.n, dtype=np.int64) % classes
-        save_npz(folder / f"{seed}.npz", arrays)
+        if is_main():
+            save_npz(folder / f"{seed}.npz", arrays)
     return arrays
 
 
@@ -60,10 +68,13 @@ def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
 
     model = Path("data/models/vae")
     vae, settings = load_model(VAE, model, device()), params.sample.vae
-    if settings.prior == "mixture":
+    about = {"ema_half_life": params.vae.training.ema_half_life} | settings.model_dump()
+    if settings.prior == "mixture" and is_main():
         train = torch.tensor(load_images("data/prepared", "train").images, device=device())
         means = posterior_means(vae, train).numpy()
         save_mixture(folder / PRIOR, fit_mixture(means, components=settings.components, seed=params.sample.seeds[0]), model)
+
+    barrier()  # all take the mixture from its file
 
     def reconstruct_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         images = torch.from_numpy(test.take(indices.numpy() % len(test)).images).to(device())
@@ -72,11 +83,13 @@ def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
 
     draw_shard = vae_shards(vae, load_prior(vae, settings, folder / PRIOR, model), params.precision)
     first = draw_sets(draw_shard, params.sample, 0, folder)
-    save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
     test = load_images("data/prepared", "test")
     n = min(params.sample.n, len(test))
-    save_npz(folder / "reconstructions.npz", {"images": draw(n, reconstruct_shard, seed=0, title="reconstruct test images").numpy()})
-    return {"ema_half_life": params.vae.training.ema_half_life} | settings.model_dump()
+    reconstructions = draw(n, reconstruct_shard, seed=0, title="reconstruct test images").numpy()
+    if is_main():
+        save_png(grid(first["images"][: COLUMNS**2], COLUMNS, scale=2), plots / "samples.png")
+        save_npz(folder / "reconstructions.npz", {"images": reconstructions})
+    return about
 
 
 def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
@@ -86,7 +99,10 @@ def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
     from rediffuse.generation.ddpm import ddpm_shards
 
     denoiser, settings = load_model(Denoiser, Path("data/models/ddpm"), device()), params.sample.ddpm
+    about = {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
     first = draw_sets(ddpm_shards(denoiser, settings, params.precision), params.sample, denoiser.classes, folder)
+    if not is_main():
+        return about
     names = [name.strip() for name in denoiser.class_names]
     if names:
         save_png(annotate(class_rows(first["images"], first["labels"], len(names), COLUMNS), names), plots / "samples.png")
@@ -99,7 +115,7 @@ def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
     columns = [*(from_signed(x_t)[:COLUMNS].cpu() for _, x_t in shown), last[:COLUMNS].cpu()]
     denoising = strip(torch.stack(columns, 1).numpy())
     save_png(annotate(denoising, names[:COLUMNS], [*(f"t={t}" for t, _ in shown), "t=0"]), plots / "denoising.png")
-    return {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
+    return about
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rediffuse.files import write_json
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import resumable, save_model
+from rediffuse.training.distributed import is_main, process_group
 from rediffuse.training.hardware import autocast, device, make_deterministic, seed_for
 from rediffuse.training.loop import Trainer
 from stages import checkpoint_configuration, checkpoint_folder, run_stage
@@ -24,6 +25,7 @@ PLOTS = Path("metrics/plots/train_ddpm")
 ROWS, COLUMNS = 3, 11  # of the noising strip
 
 
+@process_group()
 def main() -> None:
     params = load_params()
     make_deterministic()
@@ -56,6 +58,8 @@ def main() -> None:
             log=lambda seen, values: run.log_curve(seen, {f"ddpm/{name}": value for name, value in values.items()}),
         )
         denoiser, curves = trainer.train(checkpoint)
+        if not is_main():
+            return
         save_model(denoiser, config, Path("data/models/ddpm"))
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves

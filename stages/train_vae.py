@@ -13,6 +13,7 @@ from rediffuse.files import write_json
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import resumable, save_model
+from rediffuse.training.distributed import is_main, process_group
 from rediffuse.training.hardware import device, make_deterministic
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
@@ -24,6 +25,7 @@ PLOTS = Path("metrics/plots/train_vae")
 ROWS, COLUMNS = 3, 10  # of the pictures
 
 
+@process_group()
 def main() -> None:
     params = load_params()
     make_deterministic()
@@ -49,8 +51,11 @@ def main() -> None:
             log=lambda seen, values: run.log_curve(seen, {f"vae/{name}": value for name, value in values.items()}),
         )
         vae, curves = trainer.train(checkpoint)
+        measured = final_measures(vae, images, unseen, seed=params.seed)
+        if not is_main():
+            return
         save_model(vae, config, Path("data/models/vae"))
-        write_json(Path("metrics/train_vae.json"), final_measures(vae, images, unseen, seed=params.seed))
+        write_json(Path("metrics/train_vae.json"), measured)
         write_curves(PLOTS / "training.csv", curves.training)
         write_curves(PLOTS / "validation.csv", curves.validation)
         draw(vae, unseen)

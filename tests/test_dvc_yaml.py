@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rediffuse.params import flatten, load_params
 
@@ -221,12 +222,12 @@ def test_no_stage_lists_a_parameter_that_does_not_exist(name):
 
 @every_stage
 def test_parameters_are_those_that_the_script_reads(name):
-    """`params.sample.n` in the script, `sample.n` or `sample` in dvc.yaml."""
+    """`params.sample.n` in the script, `sample.n` or `sample` in dvc.yaml; the launcher is read by the command."""
     chains = {ast.unparse(node) for node in nodes(script_of(name), name) if isinstance(node, ast.Attribute)}
     found = {chain.removeprefix("params.") for chain in chains if re.fullmatch(r"params(\.\w+)+", chain)}
     read = {key for key in found if any(within(leaf, {key}) for leaf in leaves())}
     read -= {key for key in read if any(other.startswith(f"{key}.") for other in read)}  # params.sample of params.sample.n
-    listed = parameters(name)
+    listed = parameters(name) - ({"launcher"} if name != "prepare" else set())
     assert [key for key in sorted(read) if not within(key, listed)] == [], "read, but not in dvc.yaml"
     assert [key for key in sorted(listed) if not any(within(key, {other}) or within(other, {key}) for other in read)] == []
 
@@ -240,6 +241,13 @@ def test_a_stage_is_described_and_runs_its_own_script(name):
     script, _, item = name.partition("@")
     assert stage.desc and len(stage.desc) > 10
     assert stage.cmd == f"python -m stages.{script} {item}".strip()
+
+
+def test_the_launcher_starts_every_stage_that_depends_on_it():
+    """It stands in the command and among the parameters of the same stages: all but the one that only copies."""
+    commands = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    started = {name for name, stage in commands.items() if stage.get("do", stage)["cmd"].startswith("${launcher} stages.")}
+    assert started == {name.partition("@")[0] for name in NAMES if "launcher" in parameters(name)} == set(commands) - {"prepare"}
 
 
 @every_stage

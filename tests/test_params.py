@@ -121,7 +121,7 @@ def test_truth_value_is_not_a_number(raw: dict[str, Any], tmp_path: Path, value:
     ("name", "known"),
     [
         ("ddpm.typo", "T, schedule, predict"),
-        ("typo", "seed, precision, compile, data"),
+        ("typo", "seed, precision, compile, launcher, data"),
         ("sample.vae.steps", "prior, components"),
         ("vae.training.typo", "images, batch"),
     ],
@@ -219,3 +219,13 @@ def test_parameters_cannot_be_changed_after_the_check() -> None:
 def test_recipes_are_complete_and_say_how_they_are_used(recipe: Path) -> None:
     load_params(recipe)  # refuses what is missing or unknown
     assert f"make repro RECIPE={recipe.stem} " in recipe.read_text()
+
+
+@pytest.mark.parametrize("launcher", ["python -m", "torchrun --nproc-per-node=2 -m", "srun --nodes=2 torchrun --nnodes=2 -m"])
+def test_a_launcher_takes_the_name_of_a_module(raw: dict[str, Any], tmp_path: Path, launcher: str) -> None:
+    assert load(changed(raw, {"launcher": launcher}), tmp_path).launcher == launcher
+
+
+@pytest.mark.parametrize("launcher", ["", "python", "torchrun --nproc-per-node=2", "python -m stages.train_vae"])
+def test_a_launcher_that_takes_no_module_is_refused(raw: dict[str, Any], tmp_path: Path, launcher: str) -> None:
+    assert message(changed(raw, {"launcher": launcher}), tmp_path).startswith(f"launcher ({launcher!r}) must end with -m")

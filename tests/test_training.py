@@ -492,10 +492,20 @@ def test_a_fingerprint_changes_with_the_code_that_is_loaded(tmp_path, monkeypatc
     assert fingerprint({"a": 1}) != before
 
 
-def test_a_fingerprint_changes_with_the_number_of_threads(monkeypatch):
+def test_a_fingerprint_is_the_same_for_any_number_of_threads(monkeypatch):
     before = fingerprint({})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert fingerprint({}) != before
+    assert fingerprint({}) == before
+
+
+def test_a_checkpoint_continued_with_other_threads_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    for threads in (3, 3, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with pytest.raises(Killed):
+            run(tmp_path, DyingStep(4))
+    said = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line]
+    assert len(said) == 1
+    assert "ddpm: the checkpoint was written by 1 process with 3 threads and is continued by 1 process with 4 threads" in said[0]
 
 
 def changed(params: Any, name: str, value: Any) -> Any:

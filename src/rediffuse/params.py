@@ -161,6 +161,7 @@ class Params(Group):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     precision: Literal["auto", "float32"]
     compile: Literal["auto", "always", "never"]
+    launcher: str
     data: Data
     reference: Reference
     vae: VAE
@@ -170,6 +171,11 @@ class Params(Group):
 
     @model_validator(mode="after")
     def _possible(self) -> Params:
+        if self.launcher.split()[-1:] != ["-m"]:
+            raise ValueError(
+                f"launcher ({self.launcher!r}) must end with -m, because the name of a module follows: `python -m`, or"
+                " `torchrun --nproc-per-node=8 -m` for 8 processes"
+            )
         if self.sample.ddpm.steps > self.ddpm.T:
             raise ValueError(
                 f"sample.ddpm.steps ({self.sample.ddpm.steps}) must not exceed ddpm.T ({self.ddpm.T}): lower the one or raise the other"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rediffuse.training.distributed import dealt, gather, is_main, world_size
 from rediffuse.training.hardware import seed_for
 
 SHARD = 64
@@ -27,11 +28,15 @@ def shard_generator(seed: int, shard: int) -> torch.Generator:
 
 
 def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
-    """The first n images, uint8 (n, C, H, W) on the CPU."""
-    shards = []
-    with tqdm(total=n, unit="img", desc=title, mininterval=1.0) as bar:
-        for shard in range(-(-n // SHARD)):
+    """The first n images, uint8 (n, C, H, W) on the CPU.
+
+    The shards are dealt to the processes, all of which must call this; the first gets the images, the others none (0,).
+    """
+    mine = []
+    with tqdm(total=n, unit="img", desc=title, mininterval=1.0, disable=not is_main()) as bar:
+        for shard in dealt(-(-n // SHARD)):
             indices = torch.arange(shard * SHARD, (shard + 1) * SHARD)
-            shards.append(draw_shard(indices, shard_generator(seed, shard)).cpu())
-            bar.update(min(SHARD, n - shard * SHARD))
-    return torch.cat(shards)[:n]
+            mine.append(draw_shard(indices, shard_generator(seed, shard)).cpu())
+            bar.update(min(SHARD * world_size(), n - shard * SHARD))
+    shards = gather(mine)
+    return torch.cat(shards)[:n] if shards else torch.empty(0, dtype=torch.uint8)

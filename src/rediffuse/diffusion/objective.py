@@ -6,7 +6,7 @@ that a CPU and a GPU train on the same noise.  Knows the denoiser only through `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -91,7 +91,16 @@ def denoising_loss(
 
 
 @torch.no_grad()
-def validation_loss(denoiser: Network, x_0: Tensor, labels: Tensor | None, *, seed: int, chunk: int = 256) -> dict[str, float]:
+def validation_loss(
+    denoiser: Network,
+    x_0: Tensor,
+    labels: Tensor | None,
+    *,
+    seed: int,
+    chunk: int = 256,
+    dealt: Callable[[int], Container[int]] = range,
+    total: Callable[[Tensor], Tensor] = lambda losses: losses,
+) -> dict[str, float]:
     """Mean squared error of eps, DDPM's L_simple, on a fixed (t, noise) grid: {"eps_mse": all, "eps_mse_q1": ..., "eps_mse_q4": ...}.
 
     Image i always meets the same noise at the same t/T, t stratified over the images, so that losses compare between epochs,
@@ -99,19 +108,23 @@ def validation_loss(denoiser: Network, x_0: Tensor, labels: Tensor | None, *, se
     puts out is rated as the eps it implies.  Nothing but memory and rounding depends on `chunk`, the number of images
     evaluated at once.  The caller puts the network into eval mode.
 
+    Processes may share the work: `dealt` says which of so many chunks are this one's, `total` adds up what all have found.
     x_0: (N, C, H, W) in [-1, 1]; labels: int64 (N,), none dropped, or None.  Quarters that no t falls into are left out.
     """
     schedule, predict = denoiser.schedule, denoiser.predict
     generator = torch.Generator().manual_seed(seed)
     t = stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
-    losses = []
-    for i in range(0, len(x_0), chunk):
-        x, y = x_0[i : i + chunk], None if labels is None else labels[i : i + chunk]
+    losses = x_0.new_zeros(len(x_0))
+    starts = range(0, len(x_0), chunk)
+    for i, start in enumerate(starts):
+        rows = slice(start, start + chunk)
+        x, y = x_0[rows], None if labels is None else labels[rows]
         # Image by image: what torch.randn draws for an image would otherwise depend on the size of the chunk.
         eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x]).to(x)
-        losses.append(_squared_error(denoiser, x, y, t[i : i + chunk], eps))
+        if i in dealt(len(starts)):
+            losses[rows] = _squared_error(denoiser, x, y, t[rows], eps)
     in_eps = schedule.error_scale("eps", t) / schedule.error_scale(predict, t)
-    all_losses = torch.cat(losses) * in_eps
+    all_losses = total(losses) * in_eps
     quarters = quarter_means(by_quarter(all_losses, t, schedule.T))
     return {"eps_mse": all_losses.mean().item()} | {f"eps_mse_{name}": value for name, value in quarters.items()}
 

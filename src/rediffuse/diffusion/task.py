@@ -12,6 +12,7 @@ from rediffuse.data.pixels import to_signed
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.objective import QUARTERS, by_quarter, draw_noise, noised_loss, validation_loss
 from rediffuse.params import DDPM
+from rediffuse.training.distributed import dealt, total
 
 
 def denoiser_config(params: DDPM, shape: tuple[int, int, int], class_names: Sequence[str]) -> dict[str, Any]:
@@ -52,4 +53,4 @@ class DenoisingStep:
 
 def validate(model: Denoiser, images: Tensor, labels: Tensor | None, *, seed: int) -> dict[str, float]:
     """The error of eps on held-out images, on a fixed grid of t and noise.  images: uint8 (N, C, H, W)."""
-    return validation_loss(model, to_signed(images), labels if model.classes else None, seed=seed)
+    return validation_loss(model, to_signed(images), labels if model.classes else None, seed=seed, dealt=dealt, total=total)

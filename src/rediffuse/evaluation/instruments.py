@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rediffuse.data.images import ImageSet
@@ -30,6 +30,7 @@ from rediffuse.evaluation.label_free import PixelPCA, RandomConv, fit_pixel_pca,
 from rediffuse.evaluation.samples import check_images
 from rediffuse.evaluation.train_classifier import Recipe, set_scale, train_classifier
 from rediffuse.files import replace_file, write_json
+from rediffuse.training.distributed import barrier, dealt, gather, is_main
 
 Record = dict[str, Any]
 
@@ -92,17 +93,20 @@ class Instrument:
         """The features of uint8 images (N, C, H, W), without autocast and in full float32 (float64 in the label-free ones).
 
         One ruler, one arithmetic: all but the pretrained networks are so small that they run on the CPU also where there is a GPU.
+        The batches are dealt to the processes, all of which must call this; the first gets the features, the others none.
         Raises UserError for another dtype or shape than the instrument's, and for features that are not finite.
         """
         check_images(images, self.shape, title)
         batch = min(batch, self.record.get("batch", BATCH))
-        values, logits = [], []
+        starts, mine = range(0, len(images), batch), list[tuple[Tensor, Tensor | None]]()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), _full_precision():
-            for start in tqdm(range(0, len(images), batch), desc=title, unit="batch", leave=False):
-                found, scores = self.network(torch.from_numpy(np.array(images[start : start + batch])).to(self.device))
-                values.append(found.double().cpu())
-                logits += [] if scores is None else [scores.double().cpu()]
-        features = Features(torch.cat(values), torch.cat(logits) if logits else None)
+            for i in tqdm(dealt(len(starts)), desc=title, unit="batch", leave=False, disable=not is_main()):
+                found, scores = self.network(torch.from_numpy(np.array(images[starts[i] : starts[i] + batch])).to(self.device))
+                mine.append((found.double().cpu(), None if scores is None else scores.double().cpu()))
+        if not (parts := gather(mine)):
+            return Features(torch.empty(0, self.dimension, dtype=torch.float64))
+        logits = [scores for _, scores in parts if scores is not None]
+        features = Features(torch.cat([found for found, _ in parts]), torch.cat(logits) if logits else None)
         check_features(features, title)
         return features
 
@@ -125,9 +129,17 @@ def make_instrument(
 
     train: all training images.  A classifier is trained on them on `device`, in the context `autocast`, which must be one that can be
     entered again and again; a pretrained network measures on `device` (CPU and float32 if None).  Raises UserError as `check_available`.
+    Of several processes the first makes it, and the others, which must call this too, open it.
     """
     check_available(name, train)
-    record, network = _KINDS[name].make(Making(name, train, device or torch.device("cpu"), autocast or nullcontext()))
+    if is_main():
+        _write_instrument(Making(name, train, device or torch.device("cpu"), autocast or nullcontext()), folder)
+    barrier()
+    return open_instrument(folder, device=device)
+
+
+def _write_instrument(making: Making, folder: Path) -> None:
+    record, network = _KINDS[making.name].make(making)
     weights = folder / "weights.safetensors"
     weights.unlink(missing_ok=True)
     if network is not None:
@@ -135,7 +147,6 @@ def make_instrument(
         record["sha256"] = hashlib.sha256(data).hexdigest()
         replace_file(weights, data)
     write_json(folder / "instrument.json", record)
-    return open_instrument(folder, device=device)
 
 
 def open_instrument(folder: Path, *, device: torch.device | None = None) -> Instrument:

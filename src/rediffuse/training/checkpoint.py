@@ -1,7 +1,8 @@
 """Checkpoints that survive `kill -9`, and the files of a finished model.
 
-A checkpoint belongs to a fingerprint of everything its bytes depend on: parameters, data, code, kind of machine.  A run finds
-only its own; another configuration never warm-starts from it.
+A checkpoint belongs to a fingerprint of what its bytes depend on: parameters, data, code, kind of machine.  A run finds only its
+own; another configuration never warm-starts from it.  The number of processes and threads, which shows in the last bits alone, is
+no part of it, so that a training can go on with more or fewer; the trainer says so.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from torch import nn
 
 from rediffuse.errors import UserError
 from rediffuse.files import replace_file, write_json
+from rediffuse.training.distributed import is_main
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def fingerprint(configuration: dict[str, Any]) -> str:
     """SHA-256 of the configuration (JSON values), the code that is loaded, and what of the machine and of torch the bits depend on."""
-    machine = [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+    machine: list[str | None] = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
     if torch.cuda.is_available():
         machine += [torch.cuda.get_device_name(), torch.version.cuda]
     digest = hashlib.sha256(json.dumps([configuration, machine], sort_keys=True).encode())
@@ -67,8 +69,12 @@ class Checkpoint:
 def resumable(folder: Path, name: str, configuration: dict[str, Any]) -> Iterator[Checkpoint]:
     """The checkpoint of this configuration, for the length of a block that trains and then writes the finished model.
 
-    It is deleted when the block succeeds and kept when it does not.  Two processes with one configuration take turns.
+    It is deleted when the block succeeds and kept when it does not.  Two trainings with one configuration take turns.  Of several
+    processes of one training the first has the file; the others need no file system in common with it.
     """
+    if not is_main():
+        yield Checkpoint(Path(os.devnull))
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{fingerprint(configuration)[:32]}.pt"
     with _acquire(FileLock(path.with_suffix(".lock")), name):

@@ -2,11 +2,15 @@
 
 Everything random in a step is a function of (seed, step), and the order of the images of (seed, epoch), so that a resumed run
 needs no saved generator to go on with the very same numbers.  Durations are counted in images.
+
+Several processes share each batch (distributed.py): all draw the random numbers of the whole batch, and each computes the loss of
+its part, so that what is learnt is the same, up to rounding, whatever their number.  Only dropout has a stream for each process.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -17,6 +21,7 @@ from tqdm import tqdm
 
 from rediffuse.errors import UserError
 from rediffuse.params import Training
+from rediffuse.training import distributed
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import Checkpoint
 from rediffuse.training.hardware import Compile, Precision, autocast, compile_parts, seed_for, upload
@@ -81,6 +86,8 @@ class Trainer(Generic[Model]):
     ) -> None:
         self.model = model.to(images.device).to(memory_format=torch.channels_last).train()
         self.step, self.images, self.labels, self.config = step, images, labels, config
+        self.mine = distributed.share_of_batch(config.batch, f"{name}.training.batch")
+        self.gradients = distributed.Gradients(self.model.parameters())
         self.name, self.seed, self.precision = name, seed, precision
         self.validate, self.log = validate, log
         self.steps = config.images // config.batch
@@ -89,6 +96,7 @@ class Trainer(Generic[Model]):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.order = _Order(len(images), seed)
+        self.stream = (distributed.rank(),) if distributed.world_size() > 1 else ()
         self.done = 0
         self.curves, self.sums = Curves(), dict[str, Tensor]()
 
@@ -99,7 +107,14 @@ class Trainer(Generic[Model]):
         """
         self._resume(checkpoint)
         batch = self.config.batch
-        with tqdm(total=self.steps * batch, initial=self.done * batch, unit="img", desc=f"train {self.name}", mininterval=1.0) as bar:
+        with tqdm(
+            total=self.steps * batch,
+            initial=self.done * batch,
+            unit="img",
+            desc=f"train {self.name}",
+            mininterval=1.0,
+            disable=not distributed.is_main(),
+        ) as bar:
             while self.done < self.steps:
                 self._step()
                 bar.update(batch)
@@ -113,16 +128,17 @@ class Trainer(Generic[Model]):
 
     def _step(self) -> None:
         seen, config = self.done * self.config.batch, self.config
-        batch = upload(self.order.batch(seen, config.batch), self.images.device)
+        batch = upload(self.order.batch(seen, config.batch)[self.mine], self.images.device)
         labels = None if self.labels is None else self.labels[batch]
         generator = torch.Generator().manual_seed(seed_for(self.seed, NOISE, self.done))
-        torch.manual_seed(seed_for(self.seed, DROPOUT, self.done))  # dropout draws from the global generator
+        torch.manual_seed(seed_for(self.seed, DROPOUT, self.done, *self.stream))  # dropout draws from the global generator
         noise = self.step.draw(self.model, (config.batch, *self.images.shape[1:]), generator)
-        noise = {key: upload(numbers, self.images.device) for key, numbers in noise.items()}
+        noise = {key: upload(numbers[self.mine], self.images.device) for key, numbers in noise.items()}
         with autocast(self.images.device, self.precision):
             loss, measures = self.step(self.model, self.images[batch], labels, noise, seen)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.gradients.average()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         self.rate.step()
@@ -146,7 +162,7 @@ class Trainer(Generic[Model]):
 
     def _log(self) -> Row:
         seen = self.done * self.config.batch
-        means = {key: (total / count) for key, (total, count) in ((k, s.tolist()) for k, s in self.sums.items()) if count}
+        means = {key: (total / count) for key, (total, count) in ((k, s.tolist()) for k, s in self._totals().items()) if count}
         if not all(map(math.isfinite, means.values())):
             raise UserError(
                 f"{self.name}: the loss is not finite after {seen} images ({means}): lower {self.name}.training.lr ({self.config.lr})"
@@ -163,21 +179,53 @@ class Trainer(Generic[Model]):
         self.curves.validation.append({"images": seen, **measures})
         self.log(seen, measures)
 
+    def _totals(self) -> dict[str, Tensor]:
+        """The sums of all processes, on each of them."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, distributed.total(torch.stack(list(self.sums.values()))), strict=True))
+
     def _save(self, checkpoint: Checkpoint) -> None:
+        self._take_sums(self._totals())
+        if not distributed.is_main():
+            return
         state = {key: part.state_dict() for key, part in self._parts().items()}
         progress = {"done": self.done, "training": self.curves.training, "validation": self.curves.validation, "sums": self.sums}
-        checkpoint.save(state | progress)
+        checkpoint.save(state | progress | _arithmetic())
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        if (state := checkpoint.load()) is None:
+        state = distributed.broadcast(checkpoint.load() if distributed.is_main() else None)
+        if state is None:
             return
+        if distributed.is_main() and (before := {key: state[key] for key in _arithmetic()}) != _arithmetic():
+            print(
+                f"{self.name}: the checkpoint was written by {_in_words(before)} and is continued by {_in_words(_arithmetic())}:"
+                " the result will differ from that of an undisturbed run by rounding",
+                file=sys.stderr,
+                flush=True,
+            )
         for key, part in self._parts().items():
             part.load_state_dict(state[key])
-        self.done, self.sums = state["done"], {key: measure.to(self.images.device) for key, measure in state["sums"].items()}
+        self.done = state["done"]
+        self._take_sums({key: measure.to(self.images.device) for key, measure in state["sums"].items()})
         self.curves = Curves(state["training"], state["validation"])
+
+    def _take_sums(self, totals: dict[str, Tensor]) -> None:
+        """Go on from the sums of all processes: the first has them, the others add to zeros."""
+        self.sums = totals if distributed.is_main() else {key: torch.zeros_like(measure) for key, measure in totals.items()}
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
         return {"model": self.model, "average": self.average.averaged, "optimizer": self.optimizer, "rate": self.rate}
+
+
+def _arithmetic() -> dict[str, int]:
+    """What may change between a checkpoint and its continuation, and shows in the last bits."""
+    return {"processes": distributed.world_size(), "threads": torch.get_num_threads()}
+
+
+def _in_words(arithmetic: dict[str, int]) -> str:
+    processes, threads = arithmetic["processes"], arithmetic["threads"]
+    return f"{processes} process{'es' if processes > 1 else ''} with {threads} thread{'s' if threads > 1 else ''}"
 
 
 class _Order:

@@ -7,6 +7,7 @@ values for probabilities, so its nats are comparable among Bernoulli models on t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,12 +53,15 @@ def negative_log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
     return (0.5 * squares + sigma.log() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def training_loss(terms: ELBO, *, kl_weight: float, free_bits: float) -> Tensor:
+def training_loss(terms: ELBO, *, kl_weight: float, free_bits: float, mean_of_all: Callable[[Tensor], Tensor] = lambda kl: kl) -> Tensor:
     """What training minimises, a scalar: reconstruction + kl_weight * KL (Higgins et al. 2017).
 
     free_bits: nats of each latent dimension's KL, averaged over the batch, that cost nothing (Kingma et al. 2016, eq. 15).
+    mean_of_all: of a mean over these terms, the mean over the whole batch that they are a share of.
     """
-    return terms.reconstruction.mean() + kl_weight * terms.kl.mean(0).clamp_min(free_bits).sum()
+    kl = terms.kl.mean(0)
+    free = mean_of_all(kl.detach()) < free_bits
+    return terms.reconstruction.mean() + kl_weight * kl.masked_fill(free, free_bits).sum()
 
 
 def kl_weight(images_seen: int, *, beta: float, warmup: int) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rediffuse.data.pixels import to_unit
 from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for a constant)
+from rediffuse.training.distributed import dealt, mean_of_processes, total
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
 from rediffuse.vae.prior import CHUNK, posterior_means
@@ -37,7 +38,9 @@ class VAEStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         terms = elbo(model, to_unit(images), noise["eps"].to(images.device))
         weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
-        loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits)
+        # Without free bits there is nothing to agree on: a KL is below 0 by rounding at most.
+        mean_of_all = mean_of_processes if self.params.free_bits else lambda kl: kl
+        loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits, mean_of_all=mean_of_all)
         measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
         count = loss.new_full((), len(images))
         return loss, {name: torch.stack([value.detach().sum(), count]) for name, value in measures.items()}
@@ -47,21 +50,27 @@ class VAEStep:
 def measure(vae: VAE, images: Tensor, *, seed: int) -> dict[str, float]:
     """Negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the same noise at each call.
 
-    images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.
+    images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.  Shared among the processes, all of which
+    get the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    terms = []
-    for x in torch.split(images, CHUNK):
+    reconstruction, kl = torch.zeros(len(images), device=images.device), torch.zeros(len(images), vae.latent_dim, device=images.device)
+    chunks = torch.split(images, CHUNK)
+    for i, x in enumerate(chunks):
         eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
-        terms.append(elbo(vae, to_unit(x), eps))
-    reconstruction = torch.cat([t.reconstruction for t in terms]).double().mean().item()
-    kl = torch.cat([t.kl for t in terms]).double().sum(1).mean().item()
-    return {"elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+        if i in dealt(len(chunks)):
+            rows = slice(i * CHUNK, i * CHUNK + len(x))
+            reconstruction[rows], kl[rows] = elbo(vae, to_unit(x), eps)
+    nats = total(reconstruction).double().mean().item(), total(kl).double().sum(1).mean().item()
+    return {"elbo": sum(nats), "reconstruction": nats[0], "kl": nats[1]}
 
 
 @torch.no_grad()
 def final_measures(vae: VAE, train: Tensor, test: Tensor, *, seed: int) -> dict[str, Any]:
-    """What metrics/train_vae.json holds.  train, test: uint8 images, of which train is measured on as many as there are in test."""
+    """What metrics/train_vae.json holds.  train, test: uint8 images; train is measured on as many as there are in test.
+
+    Partly shared among the processes, so that all of them must call it.
+    """
     generator = torch.Generator().manual_seed(seed)
     subset = to_unit(test[:IWAE_IMAGES])
     bounds = [importance_weighted_bound(vae, x, k=IWAE_SAMPLES, generator=generator) for x in torch.split(subset, CHUNK)]
