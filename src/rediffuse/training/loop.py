@@ -22,6 +22,7 @@ from tqdm import tqdm
 from rediffuse.errors import UserError
 from rediffuse.params import Training
 from rediffuse.training import distributed
+from rediffuse.training.adamw import AdamW
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import Checkpoint
 from rediffuse.training.hardware import Compile, Precision, autocast, compile_parts, seed_for, upload
@@ -93,7 +94,7 @@ class Trainer(Generic[Model]):
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
         compile_parts(self.model, images.device, compile)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.order = _Order(len(images), seed)
         self.stream = (distributed.rank(),) if distributed.world_size() > 1 else ()
