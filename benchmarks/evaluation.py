@@ -105,7 +105,6 @@ def plain(generated: Features, real: Features, **settings: Any) -> dict[str, flo
         feature_extractor="ready-features",
         dimension=generated.dimension,  # handed on to Ready
         cuda=False,  # its default breaks where there is no GPU
-        verbose=False,
         isc=True,
         fid=True,
         kid=True,
@@ -117,8 +116,8 @@ def plain(generated: Features, real: Features, **settings: Any) -> dict[str, flo
 
 CONTENDERS = {
     OURS: lambda generated, real: judge(generated, real, SETTINGS),
-    "torch-fidelity": plain,
-    "torch-fidelity, save_cpu_ram": lambda generated, real: plain(generated, real, save_cpu_ram=True),
+    "torch-fidelity": lambda generated, real: plain(generated, real, verbose=False),
+    "torch-fidelity, save_cpu_ram": lambda generated, real: plain(generated, real, verbose=False, save_cpu_ram=True),
 }
 
 
