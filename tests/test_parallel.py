@@ -198,7 +198,7 @@ def launch(processes: int, *arguments: str, cwd: Path = ROOT, restarts: int = 0)
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for success; what was said."""
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     return said
 
@@ -309,6 +309,7 @@ def test_the_first_process_alone_shows_its_progress(several):
 # Processes that die
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_a_restart_continues_from_the_checkpoint(two, tmp_path):
     """kill -9 of the second process: torchrun starts both again, and the bytes are those of an undisturbed run of as many."""
     undisturbed = two[1]
@@ -319,19 +320,27 @@ def test_a_killed_process_ends_the_job_and_a_restart_continues_from_the_checkpoi
     assert [name for name, value in undisturbed["ddpm"]["weights"].items() if not torch.equal(found["weights"][name], value)] == []
 
 
+def small_workspace(folder: Path, *, images: str = "images: 5000\n", batch: str = "batch: 16\n") -> Path:
+    """That of test_training.py with these lines in params.yaml."""
+    file = workspace(folder) / "params.yaml"
+    file.write_text(file.read_text().replace("images: 5000\n", images).replace("batch: 16\n", batch))
+    return folder
+
+
 def trainer_processes(job: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(job.pid).children(recursive=True) if "stages.train_vae" in child.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_stage_whose_process_is_killed_says_so_and_goes_on_with_one_process(tmp_path):
     """Through the very stage that DVC runs.  One process finds the checkpoint of two by its name."""
-    folder = workspace(tmp_path / "checkout")
+    folder = small_workspace(tmp_path / "checkout", images="images: 960\n")
     job = launch(2, "-m", "stages.train_vae", cwd=folder)
     while not list((folder / ".dvc/tmp/checkpoints").glob("*.pt")):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
     trainer_processes(job)[-1].kill()
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=200)
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said, said
     assert not (folder / "data/models").exists()
 
@@ -340,12 +349,11 @@ def test_a_stage_whose_process_is_killed_says_so_and_goes_on_with_one_process(tm
     assert (folder / "data/models/vae/model.safetensors").is_file() and (folder / "metrics/train_vae.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_once(tmp_path):
-    folder = workspace(tmp_path / "checkout")
-    params = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(params.replace("batch: 16\n", "batch: 15\n"))
+    folder = small_workspace(tmp_path / "checkout", batch="batch: 15\n")
     job = launch(2, "-m", "stages.train_vae", cwd=folder)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=200)
     assert job.returncode != 0
     assert said.count("error: vae.training.batch (15) is shared among all processes") == 1
     assert "must be a multiple of their number, which is 2: set it to 14 or 16, or start another number of processes (launcher)" in said
