@@ -42,8 +42,7 @@ def make_deterministic() -> None:
     # Nothing here reads memory that nothing wrote; filling it in advance, on by default in this mode, takes 4 % of a training step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
-        part.fp32_precision = "ieee"  # float32 is float32: TF32 keeps 10 bits of it
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is float32: TF32 keeps 10 bits of it
 
 
 def compile_parts(model: nn.Module, on: torch.device, wanted: Compile) -> None:
