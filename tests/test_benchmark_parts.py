@@ -12,26 +12,39 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, checkout, evaluation, growth, made_up, startup, steps, tracking, vae
+from benchmarks import ablation, attention, checkout, evaluation, growth, made_up, startup, steps, tracking, vae
 from benchmarks.peers import SHAPE
 from benchmarks.report import Settings, peak_mib
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.task import denoiser_config
 from rediffuse.errors import UserError
-from rediffuse.params import SampleDDPM, load_params
+from rediffuse.params import SampleDDPM, flatten, load_params
 from rediffuse.vae.objective import elbo
 
 QUICK = Settings(quick=True)
 INSTRUMENT = "random-conv-v1"
 
 
-def test_attention_written_out_gives_what_torchs_own_gives() -> None:
-    q, k, v = torch.randn(3, 2, 2, 5, 8)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention.written_out(q, k, v), expected)
+def test_both_ways_of_attention_are_timed() -> None:
     (table,) = attention.measure(QUICK)
     assert [row[0] for row in table.rows] == list(attention.CONTENDERS)
     assert all(row[1] > 0 for row in table.rows)
+
+
+# The ablation
+
+
+def test_each_variant_changes_what_it_names_and_is_allowed() -> None:
+    base = load_params().ddpm
+    for name, changes in ablation.VARIANTS.items():
+        found = flatten(ablation.settings(changes).ddpm)
+        assert {key for key, value in flatten(base).items() if found[key] != value} == set(changes), name
+
+
+def test_a_variants_value_is_written_as_dvc_takes_it() -> None:
+    values = {0.012: "0.012", 30_000: "30000", False: "false", "x0": "x0"}
+    assert {value: ablation.yaml_value(value) for value in values} == values
+    assert ablation.yaml_value([1, 2, 4]) == "[1, 2, 4]"
 
 
 # Steps against quality
