@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 
+from benchmarks.ours import denoiser, parameters
+from benchmarks.training import our_flops
+
 SUSTAINED = 0.4 * 990e12  # FLOP/s of an H100 in bfloat16
 OVERHEAD = 1e-3  # seconds a step, assumed, that do not shrink with the batch: launching kernels, optimizer, EMA
 NODE, NVLINK, NETWORK = 8, 450e9, 400e9 / 8  # GPUs of a node; bytes/s of each GPU within it, and of the node as a whole to others
@@ -15,9 +18,8 @@ LATENCY = 5e-6  # seconds, once for each doubling of the number of GPUs and each
 BUCKET, BUCKETS = 25 * 2**20, 8  # as in rediffuse.training.distributed
 
 # Parameters, FLOP of a forward pass of one image, images per GPU and step
-MODELS = {
-    "default recipe": (2_286_212, 268e6, 8),
-    "default model": (2_286_212, 268e6, 128),
+Model = tuple[float, float, int]
+PUBLISHED: dict[str, Model] = {
     "DDPM for CIFAR-10": (35.7e6, 12e9, 128),
     "ADM for 64x64": (296e6, 200e9, 32),
     "ADM for 64x64, larger batch": (296e6, 200e9, 128),
@@ -36,13 +38,20 @@ def step_seconds(parameters: float, flop: float, batch: int, gpus: int) -> tuple
     return computing + OVERHEAD, max(sending / pieces, sending - 2 / 3 * computing)
 
 
+def ours() -> dict[str, Model]:
+    """The denoiser of params.yaml, with the batch of its recipe on 8 GPUs, and with a larger one."""
+    params = parameters()
+    size = float(sum(parameter.numel() for parameter in denoiser(params).parameters()))
+    return {"default recipe": (size, our_flops(), params.ddpm.training.batch // NODE), "default model": (size, our_flops(), 128)}
+
+
 def main() -> None:
     print(f"{'':28} {'images/GPU':>10} {'MB sent':>8} {'ms alone':>8}   " + " ".join(f"{n:>5}" for n in (8, 64, 512)))
-    for name, (parameters, flop, batch) in MODELS.items():
-        alone, _ = step_seconds(parameters, flop, batch, 1)
-        shares = [alone / sum(step_seconds(parameters, flop, batch, n)) for n in (8, 64, 512)]
+    for name, (size, flop, batch) in (ours() | PUBLISHED).items():
+        alone, _ = step_seconds(size, flop, batch, 1)
+        shares = [alone / sum(step_seconds(size, flop, batch, n)) for n in (8, 64, 512)]
         percent = " ".join(f"{share:5.0%}" for share in shares)
-        print(f"{name:28} {batch:10} {8 * parameters / 1e6:8.0f} {1e3 * alone:8.1f}   {percent}")
+        print(f"{name:28} {batch:10} {8 * size / 1e6:8.0f} {1e3 * alone:8.1f}   {percent}")
 
 
 if __name__ == "__main__":

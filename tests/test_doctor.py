@@ -24,7 +24,7 @@ from rediffuse.errors import UserError
 from rediffuse.tracking.environment import describe_environment, environment_digest
 
 PROJECT = Path(__file__).resolve().parents[1]
-GROUPS = ["seed", "precision", "compile", "data", "reference", "vae", "ddpm", "sample", "evaluate"]
+GROUPS = ["seed", "precision", "compile", "launcher", "data", "reference", "vae", "ddpm", "sample", "evaluate"]
 PREPARE = """
 from pathlib import Path
 from model import TEXT

@@ -106,6 +106,7 @@ def trainer_of(model: Any, step: Any, labels: Tensor | None, params: Any, measur
         name="vae" if labels is None else "ddpm",
         seed=1,
         precision="float32",
+        compile="never",
         validate=measured,
         log=lambda seen, values: None,
     )
