@@ -91,7 +91,7 @@ def measure(settings: Settings) -> list[Table]:
 
 def throughput(settings: Settings) -> tuple[dict[str, float], str]:
     """Images a second of ours and of each peer at its best, and where they were measured."""
-    names = [training.OURS, *(f"{kind}, best" for kind in peers.KINDS)]
+    names = [training.DEFAULT, *(f"{kind}, best" for kind in peers.KINDS)]
     part = read_results(settings.out / "results.json")["parts"].get("training")
     here = about(settings)
     if part and all(part["about"][key] == here[key] for key in SAME):
@@ -100,8 +100,8 @@ def throughput(settings: Settings) -> tuple[dict[str, float], str]:
         kept = {str(row[0]): cast("float", row[column]) for row in table.rows}
         return {name: kept[name] for name in names}, f"the part `training` of {part['about']['date']}, commit {part['about']['commit']}"
     steps = 2 if settings.quick else training.STEPS
-    recipes = peers.recipes(training.our_flops(), training.our_batch(), 1_000_000)
-    contenders = {training.OURS: functools.partial(ours.training_turn, steps)} | {
+    recipes = peers.recipes(training.our_flops(large=True), training.our_batch(), 1_000_000)
+    contenders = {training.DEFAULT: functools.partial(ours.training_turn, steps)} | {
         name: functools.partial(peers.training_turn, recipes[name], steps) for name in names[1:]
     }
     with Workers(contenders) as workers:
@@ -114,9 +114,9 @@ def plan(name: str, rate: float, settings: Settings) -> Plan:
     batch = training.our_batch()
     steps = QUICK_STEPS if settings.quick else max(1, round(rate * settings.seconds / batch))
     n = N_QUICK if settings.quick else N
-    if name == training.OURS:
+    if name == training.DEFAULT:
         return Plan(name, steps * batch, n)
-    recipe = replace(peers.recipes(training.our_flops(), batch, steps)[name], lr=LR)
+    recipe = replace(peers.recipes(training.our_flops(large=True), batch, steps)[name], lr=LR)
     return Plan(f"{recipe.kind}, lr {LR:g}", steps * batch, n, recipe, 2 if settings.quick else EVALUATIONS[recipe.kind])
 
 

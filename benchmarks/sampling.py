@@ -1,7 +1,8 @@
 """Images drawn in a second at equal evaluations of networks of equal FLOPs (random weights: speed does not hang on them).
 
-Ours through `ddpm_shards`, as the stage sample@ddpm does; diffusers with DPMSolverMultistepScheduler; denoising-diffusion-pytorch with its
-`ddim_sample`.  All without guidance, in batches of the size in training; a shard of ours has always 64 images.
+Ours, in a size of the peers' FLOPs and as params.yaml has it, through `ddpm_shards`, as the stage sample@ddpm does; diffusers with
+DPMSolverMultistepScheduler; denoising-diffusion-pytorch with its `ddim_sample`.  All without guidance, in batches of the size in training;
+a shard of ours has always 64 images.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import cast
 
 from benchmarks import ours, peers
 from benchmarks.report import RATIO, Cell, Settings, Table
-from benchmarks.training import OURS, OURS_FLOAT32, our_batch, our_flops
+from benchmarks.training import DEFAULT, OURS, OURS_FLOAT32, our_batch, our_flops
 from benchmarks.workers import Factory, Workers, ratio, spread
 
 EVALUATIONS, IMAGES, MANY = 20, 128, 10_000
@@ -20,10 +21,11 @@ EVALUATIONS, IMAGES, MANY = 20, 128, 10_000
 
 def measure(settings: Settings) -> list[Table]:
     images, evaluations = (64, 2) if settings.quick else (IMAGES, EVALUATIONS)
-    recipes = peers.recipes(our_flops(), our_batch(), steps=1)
+    recipes = peers.recipes(our_flops(large=True), our_batch(), steps=1)
     contenders: dict[str, Factory] = {
-        OURS: functools.partial(ours.sampling_turn, images, evaluations),
-        OURS_FLOAT32: functools.partial(ours.sampling_turn, images, evaluations, "float32"),
+        OURS: functools.partial(ours.sampling_turn, images, evaluations, large=True),
+        DEFAULT: functools.partial(ours.sampling_turn, images, evaluations),
+        OURS_FLOAT32: functools.partial(ours.sampling_turn, images, evaluations, "float32", large=True),
         **{name: functools.partial(peers.sampling_turn, recipe, images, evaluations) for name, recipe in recipes.items()},
     }
     with Workers(contenders) as workers:

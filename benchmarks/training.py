@@ -1,7 +1,8 @@
 """Whole training steps: images a second at equal FLOPs, what share of the machine's peak that is, and what the step adds to the network.
 
 A step is all that is done for a batch: data, noise, forward, backward, clipping, optimizer, average of the weights, logging.
-Contenders are those of benchmarks/peers.py in both settings, and ours as params.yaml has it and in float32, all with our batch.  The
+Contenders are those of benchmarks/peers.py in both settings, and ours in a size of their FLOPs (`ours.LARGE`), in bfloat16 and in float32,
+all with our batch; and ours as params.yaml has it, which is smaller.  Ratios are per FLOP.  The
 convolution peak is a contender too, so that it is measured in the same minutes.  Validation, checkpoints and the MLflow row are not in it
 (see the parts `startup` and `growth`).
 """
@@ -20,25 +21,28 @@ from benchmarks.report import RATIO, Cell, Settings, Table
 from benchmarks.workers import Factory, Turn, Workers, ratio, spread
 
 TITLE = "Training, whole steps at equal FLOPs"
-OURS, OURS_FLOAT32 = "rediffuse, params.yaml", "rediffuse, float32"
+DEFAULT = "rediffuse, params.yaml"
+OURS, OURS_FLOAT32 = "rediffuse, FLOPs of the peers", "the same in float32"
 NETWORK, PEAK = "forward and backward alone", "convolution peak"
 STEPS = 20  # in a turn
 
 
 def measure(settings: Settings) -> list[Table]:
-    steps, flops = 2 if settings.quick else STEPS, our_flops()
-    recipes = peers.recipes(flops, our_batch(), steps=1_000_000)
+    steps = 2 if settings.quick else STEPS
+    recipes = peers.recipes(our_flops(large=True), our_batch(), steps=1_000_000)
     contenders: dict[str, Factory] = {
         PEAK: functools.partial(peak_turn, settings.quick),
-        OURS: functools.partial(ours.training_turn, steps),
+        OURS: functools.partial(ours.training_turn, steps, large=True),
+        DEFAULT: functools.partial(ours.training_turn, steps),
         NETWORK: functools.partial(ours.network_turn, steps),
-        OURS_FLOAT32: functools.partial(ours.training_turn, steps, "float32"),
+        OURS_FLOAT32: functools.partial(ours.training_turn, steps, "float32", large=True),
         **{name: functools.partial(peers.training_turn, recipe, steps) for name, recipe in recipes.items()},
     }
     with Workers(contenders) as workers:
         rates = cast("dict[str, list[float]]", workers.turns(settings.turns))
         peaks = workers.peaks()
-    work = {OURS: work_of_ours(), OURS_FLOAT32: work_of_ours(), **{name: work_of(recipe) for name, recipe in recipes.items()}}
+    large = work_of_ours(large=True)
+    work = {OURS: large, DEFAULT: work_of_ours(), OURS_FLOAT32: large, **{name: work_of(recipe) for name, recipe in recipes.items()}}
     return [_throughput(rates, peaks, work, steps), _overhead(rates)]
 
 
@@ -46,15 +50,15 @@ def our_batch() -> int:
     return ours.parameters().ddpm.training.batch
 
 
-def our_flops() -> float:
-    """Of a forward pass of the denoiser of params.yaml, for one image."""
-    return work_of_ours()["forward"]
+def our_flops(*, large: bool = False) -> float:
+    """Of a forward pass of our denoiser, for one image."""
+    return work_of_ours(large=large)["forward"]
 
 
 @functools.cache
-def work_of_ours() -> dict[str, Any]:
-    """FLOPs for one image: `forward`, and `training`, forward and backward; and what the network is."""
-    params = ours.parameters()
+def work_of_ours(*, large: bool = False) -> dict[str, Any]:
+    """FLOPs for one image: `forward`, and `training`, forward and backward; and what the network is.  large: `ours.LARGE`."""
+    params = ours.parameters(large=large)
     model = ours.denoiser(params)
     inputs = ours.network_inputs(model, 2)
     return {
@@ -116,9 +120,9 @@ def _throughput(rates: Mapping[str, list[float]], peaks: Mapping[str, float], wo
 
 
 def _overhead(rates: Mapping[str, list[float]]) -> Table:
-    outside = [1 - step / alone for step, alone in zip(rates[OURS], rates[NETWORK], strict=True)]
+    outside = [1 - step / alone for step, alone in zip(rates[DEFAULT], rates[NETWORK], strict=True)]
     rows: list[list[Cell]] = [
-        ["whole step, images/s", statistics.median(rates[OURS])],
+        ["whole step, images/s", statistics.median(rates[DEFAULT])],
         ["forward and backward alone, images/s", statistics.median(rates[NETWORK])],
         ["share of the step outside them", f"{statistics.median(outside):.1%}"],
     ]

@@ -122,9 +122,9 @@ def test_flops_are_those_of_the_formula() -> None:
 def test_peers_do_as_much_work_as_ours(kind: peers.Kind, setting: peers.Setting) -> None:
     pytest.importorskip(kind.replace("-", "_"), reason="make bench installs it")
     pytest.importorskip("ema_pytorch", reason="make bench installs it")
-    recipe = peers.recipes(training.our_flops(), batch=2, steps=10)[f"{kind}, {setting}"]
-    assert training.work_of(recipe)["forward"] == pytest.approx(training.our_flops(), rel=peers.TOLERANCE)
-    assert training.work_of(recipe)["training"] == pytest.approx(3 * training.our_flops(), rel=2 * peers.TOLERANCE)
+    recipe = peers.recipes(training.our_flops(large=True), batch=2, steps=10)[f"{kind}, {setting}"]
+    assert training.work_of(recipe)["forward"] == pytest.approx(training.our_flops(large=True), rel=peers.TOLERANCE)
+    assert training.work_of(recipe)["training"] == pytest.approx(3 * training.our_flops(large=True), rel=2 * peers.TOLERANCE)
     peer = peers.contender(recipe)
     before = [parameter.clone() for parameter in peer.model.parameters()]
     images = torch.arange(2 * 28 * 28).reshape(2, 1, 28, 28).to(torch.uint8)
