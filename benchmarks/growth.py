@@ -121,7 +121,7 @@ def measure_pixels(sides: list[int], steps: int, *, quick: bool) -> Table:
             point = alone(partial(training, path, "copied", parameters(quick), steps))
             rows.append([f"{side}x{side}", point["ms"], 1e6 * point["ms"] / load_params().ddpm.training.batch / side**2, point["peak"]])
             path.unlink()
-    note = f"median of {steps} steps of the default DDPM; attention, where there is any, grows with the square of the pixels, the rest in proportion"
+    note = f"median of {steps} steps of the default DDPM; attention, if any, grows with the square of the pixels, the rest in proportion"
     return Table("growth with the pixels", ["image", "ms a step", "ns a pixel", "peak MiB"], rows, note)
 
 
