@@ -1,6 +1,6 @@
 """Which settings of the DDPM are worth their time: one change at a time, at equal time of training, as queued DVC experiments.
 
-    python -m benchmarks.ablation calibrate             # images that each variant handles in 180 s on one core -> calibration.json
+    python -m benchmarks.ablation calibrate             # images that each variant handles in 180 s on one core -> CALIBRATION
     python -m benchmarks.ablation queue --seed 1        # one experiment a variant, ablation-NAME-1
     OMP_NUM_THREADS=1 dvc queue start -j 2              # a core for each; then `rediffuse sync` for their rows in MLflow
     python -m benchmarks.ablation table                 # what is done, as Markdown, best first
@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.ours import parameters, trainer
 from benchmarks.peers import random_images
+from rediffuse.commands.git import git
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.params import DDPM, Params
 from rediffuse.training.loop import Trainer
@@ -67,9 +68,8 @@ def main() -> None:
 
 @main.command()
 @click.option("--seconds", default=180.0, show_default=True, help="Time of training, processor seconds of one core.")
-@click.argument("names", nargs=-1)
-def calibrate(seconds: float, names: tuple[str, ...]) -> None:
-    """Measure how many images each variant handles in the time, on one core; or those named, and keep what is known of others."""
+def calibrate(seconds: float) -> None:
+    """Measure how many images each variant handles in the time, on one core."""
     torch.set_num_threads(1)
     costs = {name: {key: changes[key] for key in COSTLY if key in changes} for name, changes in VARIANTS.items()}
     trainers = {name: trainer_with(changes) for name, changes in costs.items() if changes or name == "base"}
@@ -132,19 +132,15 @@ def trainer_with(changes: dict[str, Any]) -> Trainer[Denoiser]:
 
 def results(name: str) -> list[dict[str, float]]:
     """The scores of each seed of a variant that is done."""
-    listed = subprocess.run(["git", "for-each-ref", "--format=%(refname)", "refs/exps/"], check=True, capture_output=True, text=True).stdout
+    here = Path()
+    listed = git(here, "for-each-ref", "--format=%(refname)", "refs/exps/")
     found = []
     for ref in sorted(ref for ref in listed.split() if ref.rpartition("/")[2].rpartition("-")[0] == f"ablation-{name}"):
-        ddpm, trained = (json.loads(show(f"{ref}:metrics/{file}.json")) for file in ("ddpm", "train_ddpm"))
+        ddpm, trained = (json.loads(git(here, "show", f"{ref}:metrics/{file}.json")) for file in ("ddpm", "train_ddpm"))
         distances = {key: scores["fd"] for key, scores in ddpm.items() if isinstance(scores, dict)}
         named = {key: next(fd for name, fd in distances.items() if name.startswith(key)) for key in INSTRUMENTS}  # some bear a hash
         found.append(named | {"eps": trained["validation"]["eps_mse"]})
     return found
-
-
-def show(path: str) -> str:
-    """A file of a commit."""
-    return subprocess.run(["git", "show", path], check=True, capture_output=True, text=True).stdout
 
 
 def yaml_value(value: Any) -> str:

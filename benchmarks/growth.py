@@ -6,7 +6,6 @@ are made up.  Peaks hold the interpreter and the libraries, about half a GiB.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -225,12 +224,10 @@ def measure_processes(counts: list[int], steps: int, *, quick: bool) -> Table:
 def measure(settings: Settings) -> list[Table]:
     quick = settings.quick
     steps = 2 if quick else 10
-    tables = [
+    return [
         measure_images([1_000] if quick else [1_000, 100_000, 1_000_000], steps, quick=quick),
         measure_pixels([16] if quick else [16, 28, 32, 64], steps, quick=quick),
         measure_T([100] if quick else [100, 1_000, 4_000], quick=quick),
         measure_drawn([128] if quick else [1_000, 4_000], quick=quick),
+        measure_processes([1] if quick else [1, 2], steps, quick=quick),
     ]
-    if importlib.util.find_spec("rediffuse.training.distributed"):
-        tables.append(measure_processes([1] if quick else [1, 2], steps, quick=quick))
-    return tables
