@@ -1,6 +1,6 @@
 """Which settings of the DDPM are worth their time: one change at a time, at equal time of training, as queued DVC experiments.
 
-    python -m benchmarks.ablation calibrate             # images that each variant handles in 180 s on one core -> CALIBRATION
+    python -m benchmarks.ablation calibrate             # images of each variant in 180 s on one core -> benchmarks/results/ablation.json
     python -m benchmarks.ablation queue --seed 1        # one experiment a variant, ablation-NAME-1
     OMP_NUM_THREADS=1 dvc queue start -j 2              # a core for each; then `rediffuse sync` for their rows in MLflow
     python -m benchmarks.ablation table                 # what is done, as Markdown, best first
