@@ -156,7 +156,7 @@ def sampling(params: Params, n: int, settings: SampleDDPM) -> Turn:
 
 
 def _sampler(steps: int) -> SampleDDPM:
-    return SampleDDPM(sampler="ddim", steps=steps, eta=0.0, guidance_scale=1.0)
+    return SampleDDPM(sampler="ddim", steps=steps, spacing="even", eta=0.0, guidance_scale=1.0)
 
 
 def measure_T(values: list[int], *, quick: bool) -> Table:

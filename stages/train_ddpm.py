@@ -7,7 +7,7 @@ import torch
 from rediffuse.data.images import ImageSet, load_images
 from rediffuse.data.pixels import from_signed, to_signed
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import time_grid
+from rediffuse.diffusion.samplers import even_times
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
 from rediffuse.figures.curves import write_curves
@@ -80,7 +80,7 @@ def draw_noising(schedule: Schedule, images: torch.Tensor, *, seed: int) -> None
     """The forward process: images at evenly spaced t from 0 to T, the same noise in each column."""
     generator = torch.Generator().manual_seed(seed_for(seed))
     eps = torch.randn(images.shape, generator=generator)
-    times = time_grid(schedule.T, min(COLUMNS - 1, schedule.T))[::-1]
+    times = even_times(schedule, min(COLUMNS - 1, schedule.T))[::-1]
     columns = [from_signed(schedule.q_sample(to_signed(images), t, eps)) for t in times]
     picture = annotate(strip(torch.stack(columns, 1).numpy()), columns=[f"t={t}" for t in times])
     save_png(picture, PLOTS / "images/noising.png")

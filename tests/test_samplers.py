@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.samplers import SAMPLERS, time_grid
+from rediffuse.diffusion.samplers import SAMPLERS, SIGMA_MAX, SIGMA_MIN, SPACINGS, even_times, karras_times
 from rediffuse.diffusion.schedule import LOG_ALPHA_BAR, Schedule
 
 NAMES = list(LOG_ALPHA_BAR)
+RANDOM = ["ddpm", "sde-dpm-solver++"]
 DETERMINISTIC = ["ddim", "dpm-solver++", "heun"]
 f64 = torch.float64
 
@@ -67,14 +68,14 @@ TWO_POINTS = Mixture((-0.8, 0.4), (0.3, 0.7), 0.0)
 PIXELS = Mixture((-0.9, 0.1, 0.7), (0.5, 0.2, 0.3), 0.05)
 
 
-def draw(name, data, schedule, x_T, steps, *, eta=0.0, seed=0, **more):
+def draw(name, data, schedule, x_T, steps, *, spacing="even", eta=0.0, seed=0, **more):
     generator = torch.Generator().manual_seed(seed)
     return SAMPLERS[name](
         data.denoiser(schedule),
         schedule,
         x_T,
         None,
-        steps=steps,
+        times=SPACINGS[spacing](schedule, steps),
         eta=eta,
         noise=lambda: torch.randn(x_T.shape, dtype=x_T.dtype, generator=generator),
         **more,
@@ -90,22 +91,40 @@ def even_in_lambda(T):
     return Schedule(torch.cat([torch.tensor([math.inf], dtype=f64), torch.linspace(14, -8, T + 1, dtype=f64)[1:]]))
 
 
-# The time grid
+# The times
 
 
-def test_time_grid_is_even_and_strictly_decreasing_from_T_to_0():
-    for T in [*range(1, 41), 100, 500, 1000]:
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_times_fall_from_T_to_0_in_any_number_of_steps(spacing, name):
+    for T in [*range(1, 21), 500]:
+        schedule = Schedule.make(name, T)
         for steps in range(1, T + 1):
-            grid = time_grid(T, steps)
-            assert grid[0] == T and grid[-1] == 0 and len(grid) == steps + 1
-            assert all(t > s for t, s in pairwise(grid))
-            assert max(abs(t - T * (1 - i / steps)) for i, t in enumerate(grid)) <= 0.5 + 1e-9
+            times = SPACINGS[spacing](schedule, steps)
+            assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
+            assert all(t > s for t, s in pairwise(times))
 
 
+def test_even_times_are_as_even_as_integers_can_be():
+    for T in [1, 7, 40, 500, 1000]:
+        schedule = Schedule.make("cosine", T)
+        for steps in range(1, T + 1):
+            assert max(abs(t - T * (1 - i / steps)) for i, t in enumerate(even_times(schedule, steps))) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_karras_times_are_even_in_the_fourth_root_of_sigma(name):
+    schedule, steps = Schedule.make(name, 100_000), 20  # so fine that rounding to a time costs little
+    sigma = (schedule.one_minus_alpha_bar / schedule.alpha_bar).sqrt()[karras_times(schedule, steps)[1:-1]]  # T comes before, 0 after
+    roots = np.linspace(min(SIGMA_MAX, (-schedule.log_snr[-1] / 2).exp().item()) ** (1 / 4), SIGMA_MIN ** (1 / 4), steps)
+    np.testing.assert_allclose(sigma.numpy() ** (1 / 4), roots[1:], rtol=0.005)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [0, -1, 11])
-def test_impossible_numbers_of_steps_are_refused(steps):
+def test_impossible_numbers_of_steps_are_refused(spacing, steps):
     with pytest.raises(ValueError, match=rf"steps must be between 1 and T \(10\), got {steps}"):
-        time_grid(10, steps)
+        SPACINGS[spacing](Schedule.make("linear", 10), steps)
 
 
 # Every sampler reaches the distribution
@@ -113,12 +132,14 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm-solver++", 0.0), ("heun", 0.0)]
+    ("sampler", "eta"),
+    [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm-solver++", 0.0), ("sde-dpm-solver++", 0.0), ("heun", 0.0)],
 )
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("data", [GAUSSIAN, TWO_BUMPS], ids=["gaussian", "two bumps"])
-def test_samplers_reach_a_smooth_distribution(name, sampler, eta, data):
+def test_samplers_reach_a_smooth_distribution(name, sampler, eta, data, spacing):
     n, schedule = 20_000, Schedule.make(name, 500)
-    x = draw(sampler, data, schedule, standard_normal(n), 200, eta=eta).sort().values
+    x = draw(sampler, data, schedule, standard_normal(n), 200, spacing=spacing, eta=eta).sort().values
     # Kolmogorov-Smirnov: sqrt(n) D exceeds 2.2 with probability 1e-4.
     distance = (data.cdf(x) - (torch.arange(n) + 0.5) / n).abs().max().item()
     assert distance < 2.2 / math.sqrt(n)
@@ -126,11 +147,13 @@ def test_samplers_reach_a_smooth_distribution(name, sampler, eta, data):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm-solver++", 0.0), ("heun", 0.0)]
+    ("sampler", "eta"),
+    [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0), ("dpm-solver++", 0.0), ("sde-dpm-solver++", 0.0), ("heun", 0.0)],
 )
-def test_samplers_reach_the_masses_of_two_points(name, sampler, eta):
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_samplers_reach_the_masses_of_two_points(name, sampler, eta, spacing):
     n, schedule = 20_000, Schedule.make(name, 500)
-    x = draw(sampler, TWO_POINTS, schedule, standard_normal(n), 200, eta=eta)
+    x = draw(sampler, TWO_POINTS, schedule, standard_normal(n), 200, spacing=spacing, eta=eta)
     points, p = TWO_POINTS.means, TWO_POINTS.weights[1]
     distance = torch.stack([(x - point).abs() for point in points]).min(0).values
     assert (distance < 1e-3).double().mean() > 0.999
@@ -138,7 +161,9 @@ def test_samplers_reach_the_masses_of_two_points(name, sampler, eta):
     assert abs((x > sum(points) / 2).double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n) + 0.005
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm-solver++", 0.0), ("heun", 0.0)])
+@pytest.mark.parametrize(
+    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm-solver++", 0.0), ("sde-dpm-solver++", 0.0), ("heun", 0.0)]
+)
 def test_samplers_reach_a_correlated_gaussian(sampler, eta):
     n, schedule, generator = 20_000, Schedule.make("cosine", 500), torch.Generator().manual_seed(3)
     mean, covariance = torch.tensor([0.4, -0.2], dtype=f64), torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=f64)
@@ -153,7 +178,7 @@ def test_samplers_reach_a_correlated_gaussian(sampler, eta):
         schedule,
         standard_normal(n, 2),
         None,
-        steps=500,
+        times=even_times(schedule, 500),
         eta=eta,
         noise=lambda: torch.randn(n, 2, dtype=f64, generator=generator),
     )
@@ -166,11 +191,12 @@ def test_samplers_reach_a_correlated_gaussian(sampler, eta):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("T", [50, 500, 4000])
-def test_twenty_steps_are_usable_on_every_schedule(name, sampler, T):
+def test_twenty_steps_are_usable_on_every_schedule(name, sampler, T, spacing):
     """Sharp data, few steps, also where the schedule's last step is a leap: nobody is left far from where the flow ends."""
     schedule, x_T = Schedule.make(name, T), standard_normal(4000)
-    x = draw(sampler, PIXELS, schedule, x_T, 20)
+    x = draw(sampler, PIXELS, schedule, x_T, 20, spacing=spacing)
     assert (x - PIXELS.flow(x_T, schedule)).abs().mean() < 0.06
 
 
@@ -225,7 +251,7 @@ def test_eta_scales_the_standard_deviation_of_each_step(eta):
             schedule,
             torch.ones(1, dtype=f64),
             None,
-            steps=4,
+            times=[40, 30, 20, 10, 0],
             eta=eta,
             noise=iter([noise, torch.zeros(1, dtype=f64), torch.zeros(1, dtype=f64)]).__next__,
             observe=lambda t, x_t, x_0: seen.append(x_t),
@@ -252,7 +278,7 @@ def test_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
         schedule,
         standard_normal(1),
         None,
-        steps=steps,
+        times=even_times(schedule, steps),
         noise=lambda: pytest.fail("a deterministic sampler drew noise"),
         observe=lambda t, x_t, x_0: seen.append((t, x_t)),
     )
@@ -261,6 +287,47 @@ def test_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
         # The exact solution of the flow under a constant x_0: the noise in x_t shrinks, the image is x_0.
         eps = (x_t - schedule.alpha_bar[t].sqrt() * x_0) / schedule.one_minus_alpha_bar[t].sqrt()
         torch.testing.assert_close(x_s, schedule.alpha_bar[s].sqrt() * x_0 + schedule.one_minus_alpha_bar[s].sqrt() * eps)
+
+
+def test_sde_dpm_solver_pp_is_ancestral_where_the_denoiser_is_constant():
+    """It solves the reverse SDE exactly for a constant D, and then its steps are q(x_s | x_t, x_0 = D)."""
+    schedule, walks = Schedule.make("cosine", 60), []
+    for sampler in ("ddpm", "sde-dpm-solver++"):
+        generator, walk = torch.Generator().manual_seed(5), list[Tensor]()
+        SAMPLERS[sampler](
+            lambda x_t, t, labels: torch.full_like(x_t, 0.2),
+            schedule,
+            standard_normal(100),
+            None,
+            times=karras_times(schedule, 9),
+            noise=lambda generator=generator: torch.randn(100, dtype=f64, generator=generator),
+            observe=lambda t, x_t, x_0, walk=walk: walk.append(x_t),
+        )
+        walks.append(walk)
+    for ancestral, solved in zip(*walks, strict=True):
+        torch.testing.assert_close(solved, ancestral, rtol=1e-9, atol=1e-9)
+
+
+def test_sde_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
+    """As below without noise: where D is a line in lambda, the second and later steps are ancestral for D at their middle."""
+    schedule, seen = Schedule.make("cosine", 60), []
+    lambda_ = schedule.log_snr / 2
+
+    def line(at):
+        return 0.3 - 0.04 * at
+
+    SAMPLERS["sde-dpm-solver++"](
+        lambda x_t, t, labels: line(lambda_[t]),
+        schedule,
+        standard_normal(1),
+        None,
+        times=even_times(schedule, 6),
+        noise=lambda: torch.zeros(1, dtype=f64),
+        observe=lambda t, x_t, x_0: seen.append((t, x_t)),
+    )
+    for (t, x_t), (s, x_s) in pairwise(seen[1:]):
+        mean, _ = schedule.q_posterior(line((lambda_[t] + lambda_[s]) / 2), x_t, t, s)
+        torch.testing.assert_close(x_s, mean, rtol=1e-9, atol=1e-9)
 
 
 def test_one_step_of_any_sampler_is_the_denoiser():
@@ -290,13 +357,13 @@ def test_calls_of_denoiser_observer_and_noise(sampler, steps):
         schedule,
         x_T,
         torch.tensor([4, 5, 6]),
-        steps=steps,
+        times=even_times(schedule, steps),
         noise=noise,
         observe=lambda t, x_t, x_0: seen.append((t, x_t, x_0)),
     )
-    assert [t for t, _, _ in seen] == time_grid(50, steps)[:-1]
+    assert [t for t, _, _ in seen] == even_times(schedule, steps)[:-1]
     assert len(evaluated) == (max(1, 2 * steps - 2) if sampler == "heun" else steps) and 0 not in evaluated
-    assert len(drawn) == (steps - 1 if sampler == "ddpm" else 0)
+    assert len(drawn) == (steps - 1 if sampler in RANDOM else 0)
     torch.testing.assert_close(seen[0][1], x_T)
     torch.testing.assert_close(x, seen[-1][2])  # the last step, to no noise, gives the last D
 
@@ -313,7 +380,7 @@ def test_ddim_with_eta_draws_noise_in_all_steps_but_the_last():
         Schedule.make("cosine", 50),
         x_T,
         None,
-        steps=7,
+        times=[50, 40, 30, 20, 10, 5, 2, 0],
         eta=0.3,
         noise=noise,
     )
@@ -327,7 +394,8 @@ def test_float32_stays_float32_and_agrees_with_float64(name, sampler, steps):
     schedule, x_T, noise = Schedule.make(name, 1000), standard_normal(100), standard_normal(100, seed=11)
 
     def sample(dtype):
-        return SAMPLERS[sampler](TWO_BUMPS.denoiser(schedule), schedule, x_T.to(dtype), None, steps=steps, noise=lambda: noise.to(dtype))
+        times = even_times(schedule, steps)
+        return SAMPLERS[sampler](TWO_BUMPS.denoiser(schedule), schedule, x_T.to(dtype), None, times=times, noise=lambda: noise.to(dtype))
 
     single = sample(torch.float32)
     assert single.dtype == torch.float32
@@ -339,5 +407,6 @@ def test_float32_stays_float32_and_agrees_with_float64(name, sampler, steps):
 def test_every_number_of_steps_gives_finite_images(name, sampler):
     schedule, x_T = Schedule.make(name, 12), standard_normal(2, 1, 2, 2, dtype=torch.float32)
     for steps in range(1, 13):
-        x = SAMPLERS[sampler](lambda x_t, t, labels: x_t.tanh(), schedule, x_T, None, steps=steps, noise=lambda: torch.ones_like(x_T))
+        times = even_times(schedule, steps)
+        x = SAMPLERS[sampler](lambda x_t, t, labels: x_t.tanh(), schedule, x_T, None, times=times, noise=lambda: torch.ones_like(x_T))
         assert x.shape == x_T.shape and x.isfinite().all() and x.abs().max() <= 1

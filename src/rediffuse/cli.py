@@ -114,7 +114,7 @@ def sync(every: bool) -> None:
 @click.option("--label", metavar="CLASS", help="Name or index of the class; without it the classes take turns.")
 @click.option("-n", "--number", "n", type=int, default=16, show_default=True, help="How many images.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Image i of a seed and a class is always the same.")
-@click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpm-solver++", "heun"]), help="Of the DDPM.")
+@click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"]), help="Of the DDPM.")
 @click.option("--steps", type=int, help="Of the DDPM's sampler, at most its T.")
 @click.option("--guidance-scale", type=float, help="Of the DDPM; 1: as trained.")
 def generate(

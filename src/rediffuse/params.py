@@ -123,8 +123,9 @@ class SampleVAE(Group):
 
 
 class SampleDDPM(Group):
-    sampler: Literal["ddpm", "ddim", "dpm-solver++", "heun"]
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"]
     steps: Annotated[int, Field(ge=1, le=10_000)]
+    spacing: Literal["even", "karras"]
     eta: Annotated[Float, Field(ge=0, le=1)]
     guidance_scale: Annotated[Float, Field(ge=0, le=100)]
 

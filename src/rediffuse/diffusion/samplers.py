@@ -1,12 +1,13 @@
 """Samplers: from x_T ~ N(0, I) to images, by a denoiser D(x_t, t, labels) -> x_0.
 
 Pure functions of one signature (`Sampler`), so that every sampler works with every denoiser, whatever its network predicts.
-All walk down `time_grid` and return the x_0 of the last step.  x_t keeps the dtype of x_T; coefficients are float64.
+All walk down `times`, from T to 0, and return the x_0 of the last step.  x_t keeps the dtype of x_T; coefficients are float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,11 +18,15 @@ from rediffuse.diffusion.schedule import Schedule
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x_t (B, ...), t int64 (B,), labels int64 (B,) or None -> x_0 like x_t
 Noise = Callable[[], Tensor]  # the next N(0, I) like x_T, from the caller's generator
+Spacing = Callable[[Schedule, int], list[int]]  # number of steps -> the times to step to
 Observe = Callable[[int, Tensor, Tensor], None]  # sees t, x_t and D(x_t, t) at the beginning of each step
 
 
+SIGMA_MIN, SIGMA_MAX, RHO = 0.03, 40.0, 4.0
+
+
 class Sampler(Protocol):
-    """Draw images (B, ...) from x_T ~ N(0, I) in the given number of steps, 1 <= steps <= T.
+    """Draw images (B, ...) from x_T ~ N(0, I), a step from each of `times` to the next: T, ..., 0, strictly decreasing.
 
     eta: for `ddim` only, 0 (deterministic) to 1 (ancestral).  noise: called once a step where the step is random (not the last
     one), otherwise never.
@@ -34,18 +39,34 @@ class Sampler(Protocol):
         x_T: Tensor,
         labels: Tensor | None,
         *,
-        steps: int,
+        times: Sequence[int],
         eta: float = 0.0,
         noise: Noise,
         observe: Observe | None = None,
     ) -> Tensor: ...
 
 
-def time_grid(T: int, steps: int) -> list[int]:
+def even_times(schedule: Schedule, steps: int) -> list[int]:
     """steps + 1 times from T down to 0, strictly decreasing, as even as integers can be: T (1 - i/steps), half rounded up."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be between 1 and T ({T}), got {steps}")
+    T = _checked(schedule, steps)
     return [(2 * T * (steps - i) + steps) // (2 * steps) for i in range(steps + 1)]
+
+
+def karras_times(schedule: Schedule, steps: int) -> list[int]:
+    """steps + 1 times from T down to 0, strictly decreasing, where sigma^(1/rho) is even (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    sigma = sqrt((1 - alpha_bar) / alpha_bar) runs from SIGMA_MAX to SIGMA_MIN where the schedule reaches so far; T comes before
+    and 0 after.  Each sigma gives the time of the nearest log(sigma), moved where another has it already.
+    """
+    T = _checked(schedule, steps)
+    log_sigma = -schedule.log_snr[1:] / 2
+    high, low = log_sigma.clamp(math.log(SIGMA_MIN), math.log(SIGMA_MAX))[[-1, 0]].exp() ** (1 / RHO)
+    sigmas = (high + (low - high) * torch.linspace(0, 1, steps, dtype=torch.float64)) ** RHO
+    nearest = (log_sigma - sigmas.log()[:, None]).abs().argmin(1) + 1
+    times = [T]
+    for i, t in enumerate(nearest[1:].tolist(), 1):
+        times.append(max(min(t, times[-1] - 1), steps - i))  # one for each of the times that follow
+    return [*times, 0]
 
 
 def ddpm(
@@ -54,14 +75,14 @@ def ddpm(
     x_T: Tensor,
     labels: Tensor | None,
     *,
-    steps: int,
+    times: Sequence[int],
     eta: float = 0.0,
     noise: Noise,
     observe: Observe | None = None,
 ) -> Tensor:
     """Ancestral sampling from q(x_s | x_t, x_0 = D(x_t)) (Ho et al. 2020, algorithm 2), on any subset of the steps."""
     D, x_t = _observed(denoise, labels, observe), x_T
-    for t, s in pairwise(time_grid(schedule.T, steps)):
+    for t, s in pairwise(times):
         x_t, variance = schedule.q_posterior(D(x_t, t), x_t, t, s)
         if s > 0:
             x_t = x_t + variance.sqrt() * noise()
@@ -74,7 +95,7 @@ def ddim(
     x_T: Tensor,
     labels: Tensor | None,
     *,
-    steps: int,
+    times: Sequence[int],
     eta: float = 0.0,
     noise: Noise,
     observe: Observe | None = None,
@@ -82,7 +103,7 @@ def ddim(
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16); eta = 1 has the transitions of `ddpm`."""
     D, x_t = _observed(denoise, labels, observe), x_T
     alpha_bar, one_minus_alpha_bar = schedule.alpha_bar, schedule.one_minus_alpha_bar
-    for t, s in pairwise(time_grid(schedule.T, steps)):
+    for t, s in pairwise(times):
         x_0 = D(x_t, t)
         eps = schedule.eps_from(x_0, x_t, t)
         # eq. 16, with (1 - alpha_bar_t / alpha_bar_s) / (1 - alpha_bar_t) written as the 1 - SNR_t / SNR_s that it is
@@ -99,29 +120,34 @@ def dpm_solver_pp_2m(
     x_T: Tensor,
     labels: Tensor | None,
     *,
-    steps: int,
+    times: Sequence[int],
     eta: float = 0.0,
     noise: Noise,
     observe: Observe | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at one evaluation of D a step.
 
-    Deterministic.  The last step, to lambda = +inf, is of first order: it returns the last D.
+    Deterministic.
     """
-    D, x_t = _observed(denoise, labels, observe), x_T
-    alpha, sigma = schedule.alpha_bar.sqrt(), schedule.one_minus_alpha_bar.sqrt()
-    lambda_ = schedule.log_snr / 2  # log(alpha / sigma)
-    x_0_before, h_before = None, torch.tensor(0.0)
-    for t, s in pairwise(time_grid(schedule.T, steps)):
-        x_0 = D(x_t, t)
-        h = lambda_[s] - lambda_[t]
-        D_s = x_0
-        if x_0_before is not None and s > 0:
-            r = h_before / h
-            D_s = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
-        x_t = sigma[s] / sigma[t] * x_t - alpha[s] * torch.expm1(-h) * D_s
-        x_0_before, h_before = x_0, h
-    return x_t
+    return _dpm_solver_pp_2m(_observed(denoise, labels, observe), schedule, x_T, times, None)
+
+
+def sde_dpm_solver_pp_2m(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: Tensor,
+    labels: Tensor | None,
+    *,
+    times: Sequence[int],
+    eta: float = 0.0,
+    noise: Noise,
+    observe: Observe | None = None,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, sec. 5): the same for the reverse SDE, as random as `ddpm`.
+
+    Fresh noise washes out the errors of earlier steps, so that few steps come as near to the data as all of the ancestral chain.
+    """
+    return _dpm_solver_pp_2m(_observed(denoise, labels, observe), schedule, x_T, times, noise)
 
 
 def heun(
@@ -130,7 +156,7 @@ def heun(
     x_T: Tensor,
     labels: Tensor | None,
     *,
-    steps: int,
+    times: Sequence[int],
     eta: float = 0.0,
     noise: Noise,
     observe: Observe | None = None,
@@ -146,7 +172,7 @@ def heun(
     scale = schedule.alpha_bar.sqrt()
     sigma = (-schedule.log_snr / 2).exp()
     x = x_T / scale[-1]
-    for t, s in pairwise(time_grid(schedule.T, steps)):
+    for t, s in pairwise(times):
         d = (x - D(scale[t] * x, t)) / sigma[t]
         x_s = x + (sigma[s] - sigma[t]) * d
         if t < schedule.T and s > 0:
@@ -160,8 +186,42 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm-solver++": dpm_solver_pp_2m,
+    "sde-dpm-solver++": sde_dpm_solver_pp_2m,
     "heun": heun,
 }
+SPACINGS: dict[str, Spacing] = {"even": even_times, "karras": karras_times}
+
+
+def _checked(schedule: Schedule, steps: int) -> int:
+    """T, in which there can be so many steps."""
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps must be between 1 and T ({schedule.T}), got {steps}")
+    return schedule.T
+
+
+def _dpm_solver_pp_2m(
+    D: Callable[[Tensor, int], Tensor], schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise | None
+) -> Tensor:
+    """Exact for a D that is a line in lambda = log(alpha / sigma), up to the second order; of the SDE where there is noise.
+
+    The last step, to lambda = +inf, is of first order: it returns the last D.
+    """
+    x_t, random = x_T, 0 if noise is None else 1
+    alpha, sigma = schedule.alpha_bar.sqrt(), schedule.one_minus_alpha_bar.sqrt()
+    lambda_ = schedule.log_snr / 2
+    x_0_before, h_before = None, torch.tensor(0.0)
+    for t, s in pairwise(times[:-1]):
+        x_0 = D(x_t, t)
+        h = lambda_[s] - lambda_[t]
+        D_s = x_0
+        if x_0_before is not None:
+            r = h_before / h
+            D_s = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before
+        x_t = sigma[s] / sigma[t] * torch.exp(-random * h) * x_t - alpha[s] * torch.expm1(-(1 + random) * h) * D_s
+        if noise is not None:
+            x_t = x_t + sigma[s] * torch.expm1(-2 * h).neg().sqrt() * noise()
+        x_0_before, h_before = x_0, h
+    return D(x_t, times[-2])
 
 
 def _observed(denoise: Denoise, labels: Tensor | None, observe: Observe | None) -> Callable[[Tensor, int], Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rediffuse.data.pixels import from_signed
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import SAMPLERS, Observe
+from rediffuse.diffusion.samplers import SAMPLERS, SPACINGS, Observe
 from rediffuse.params import SampleDDPM
 from rediffuse.shards import DrawShard
 from rediffuse.training.hardware import Precision, autocast, device
@@ -22,6 +22,7 @@ def ddpm_shards(
     observe: sees each step of the sampler.
     """
     denoise = denoiser.denoise(guidance_scale=settings.guidance_scale)
+    times = SPACINGS[settings.spacing](denoiser.schedule, settings.steps)
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         def noise() -> Tensor:
@@ -36,7 +37,7 @@ def ddpm_shards(
                 denoiser.schedule,
                 noise(),
                 labels,
-                steps=settings.steps,
+                times=times,
                 eta=settings.eta,
                 noise=noise,
                 observe=observe,

@@ -73,7 +73,7 @@ def load_image_model(folder: Path, settings: Mapping[str, Any], *, prior: Path |
     own = {name: value for name, value in settings.items() if name != "precision"}
     if kind_of(folder) == "vae":
         return _load_vae(folder, _checked(SampleVAE, own), precision, prior)
-    return _load_ddpm(folder, _checked(SampleDDPM, own), precision)
+    return _load_ddpm(folder, _checked(SampleDDPM, {"spacing": "even"} | own), precision)  # models packed before it could be chosen
 
 
 def _load_vae(folder: Path, settings: SampleVAE, precision: Precision, prior: Path | None) -> ImageModel:
