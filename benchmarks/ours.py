@@ -24,7 +24,7 @@ from rediffuse.training.loop import Trainer
 
 # About 0.8 GFLOP an image in training.  The default has half of that, at which the documented structures of the peers would be 8 features
 # wide, and slow for that reason alone.
-LARGE = {"fold": 2, "width": 64, "multipliers": [1, 2], "blocks": 1, "attention": 7}
+LARGE = {"fold": 2, "width": 48, "multipliers": [2, 2], "blocks": 1, "attention": 0}  # twice the features at the first resolution
 LOGS = 5  # steps between two readings of the clock
 
 

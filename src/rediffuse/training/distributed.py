@@ -26,7 +26,8 @@ T = TypeVar("T")
 # The first process may do alone for hours what the others wait for: stand in line for a lock, train a classifier.  That a process
 # has died is noticed by torchrun, at once, and not by this.
 PATIENCE = timedelta(days=1)
-BUCKET, BUCKETS = 25 * 2**20, 8  # gradients travel in pieces of at most so many bytes, and at least about so many pieces
+# Gradients travel in pieces of an eighth of all, within these limits: below, two processes wait longer than they send.
+PIECES, LEAST, MOST = 8, 2**20, 25 * 2**20
 
 
 @contextmanager
@@ -110,7 +111,7 @@ class Gradients:
         if not _together():
             return
         trained = [parameter for parameter in parameters if parameter.requires_grad][::-1]
-        limit = min(BUCKET, sum(map(_bytes, trained)) // BUCKETS)
+        limit = min(MOST, max(LEAST, sum(map(_bytes, trained)) // PIECES))
         for parameter in trained:
             if not self.buckets or self.buckets[-1].bytes + _bytes(parameter) > limit:
                 self.buckets.append(_Bucket())
