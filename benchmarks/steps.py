@@ -1,4 +1,5 @@
-"""Steps against quality: the Fréchet distance (FD) of images drawn with 5, 10, 20, 50 and T evaluations of the network, by each sampler.
+"""Steps against quality: the Fréchet distance (FD) of images drawn with 5, 10, 20, 50 and T evaluations of the network, by each sampler
+in each spacing of its steps that suits it.
 
 The trained model of data/models/ddpm draws as the stage `sample` does; each set is judged by the instruments of the stage `reference`
 against the real test images, as the stage `evaluate` does.  What counts is the difference from the full ancestral chain (`ddpm` in all T
@@ -26,7 +27,6 @@ import torch
 from benchmarks.made_up import TINY, image_set, save_models
 from benchmarks.report import Settings, Table
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import SAMPLERS
 from rediffuse.errors import UserError
 from rediffuse.evaluation.features import Features, load_features, save_features
 from rediffuse.evaluation.fidelity import frechet_distance
@@ -41,6 +41,18 @@ from rediffuse.training.hardware import Precision, device, make_deterministic
 MODEL, REFERENCE = Path("data/models/ddpm"), Path("data/reference")
 EVALUATIONS = 5, 10, 20, 50
 N, SEEDS = 5_000, (1, 2)
+# Samplers, and how their times lie; the ancestral chain is meant for even ones, and far off in few steps of any.
+METHODS = (
+    ("ddpm", "even"),
+    ("ddim", "even"),
+    ("dpm-solver++", "even"),
+    ("dpm-solver++", "karras"),
+    ("sde-dpm-solver++", "even"),
+    ("sde-dpm-solver++", "karras"),
+    ("heun", "even"),
+    ("heun", "karras"),
+)
+CHAIN = METHODS[0]
 
 Kept = dict[str, Any]  # of one set: seconds, and fd: {id of the instrument: FD}
 
@@ -58,6 +70,7 @@ class Drawing:
     """How one set of images is drawn."""
 
     sampler: str
+    spacing: str
     steps: int
     n: int
     seed: int
@@ -66,6 +79,11 @@ class Drawing:
     def evaluations(self) -> int:
         """Of the network, for each image."""
         return max(1, 2 * self.steps - 2) if self.sampler == "heun" else self.steps
+
+    @property
+    def settings(self) -> SampleDDPM:
+        plain = {"eta": 0.0, "guidance_scale": 1.0}
+        return SampleDDPM.model_validate({"sampler": self.sampler, "spacing": self.spacing, "steps": self.steps, **plain})
 
     def key(self, model: str) -> str:
         """What the images depend on, with the hash of the model."""
@@ -77,11 +95,10 @@ def steps_for(sampler: str, evaluations: int) -> int:
     return (evaluations + 2) // 2 if sampler == "heun" else evaluations
 
 
-def drawings(T: int, *, n: int, seeds: Iterable[int], evaluations: Sequence[int], whole: Sequence[str]) -> list[Drawing]:
-    """All sets, the short ones first; T evaluations by the samplers in `whole` only."""
-    grid = {(name, steps_for(name, count)): None for count in evaluations for name in SAMPLERS if steps_for(name, count) < T}
-    grid |= {(name, min(T, steps_for(name, T))): None for name in whole}
-    return [Drawing(name, steps, n, seed) for name, steps in grid for seed in seeds]
+def drawings(T: int, *, n: int, seeds: Iterable[int], evaluations: Sequence[int]) -> list[Drawing]:
+    """All sets, the short ones first, the full ancestral chain last."""
+    counts = [(method, steps_for(method[0], count)) for count in evaluations for method in METHODS]
+    return [Drawing(*method, steps, n, seed) for method, steps in [*counts, (CHAIN, T)] for seed in seeds if steps < T or method == CHAIN]
 
 
 class Results:
@@ -109,11 +126,10 @@ def model_hash(folder: Path, precision: Precision) -> str:
 
 def judge(denoiser: Denoiser, drawing: Drawing, rulers: Sequence[Ruler], precision: Precision) -> Kept:
     """Draw one set, and measure it."""
-    settings = SampleDDPM(sampler=drawing.sampler, steps=drawing.steps, eta=0.0, guidance_scale=1.0)  # type: ignore[arg-type]
     title = f"{drawing.sampler}, {drawing.evaluations} evaluations, seed {drawing.seed}"
     begin = time.perf_counter()
     with torch.inference_mode():
-        images = draw(drawing.n, ddpm_shards(denoiser, settings, precision), seed=drawing.seed, title=title).numpy()
+        images = draw(drawing.n, ddpm_shards(denoiser, drawing.settings, precision), seed=drawing.seed, title=title).numpy()
     seconds = time.perf_counter() - begin
     return {
         "seconds": seconds,
@@ -130,13 +146,12 @@ def quality(
     n: int = N,
     seeds: Sequence[int] = SEEDS,
     evaluations: Sequence[int] = EVALUATIONS,
-    whole: Sequence[str] = ("ddpm",),
 ) -> list[Table]:
-    """A table for each instrument; sets that `results` holds are not drawn again.  whole: samplers that also make T evaluations."""
+    """A table for each instrument; sets that `results` holds are not drawn again."""
     denoiser, hashed = load_model(Denoiser, model, device()), model_hash(model, precision)
     T = denoiser.schedule.T
     found = dict[Drawing, Kept]()
-    for drawing in drawings(T, n=n, seeds=seeds, evaluations=evaluations, whole=["ddpm", *(name for name in whole if name != "ddpm")]):
+    for drawing in drawings(T, n=n, seeds=seeds, evaluations=evaluations):
         key = drawing.key(hashed)
         if (kept := results.of(key, [ruler.instrument.id for ruler in rulers])) is None:
             kept = judge(denoiser, drawing, rulers, precision)
@@ -148,16 +163,18 @@ def quality(
 
 def _table(id: str, found: dict[Drawing, Kept], T: int, seeds: Sequence[int]) -> Table:
     n = next(iter(found)).n
-    chain = {seed: found[Drawing("ddpm", T, n, seed)]["fd"][id] for seed in seeds}
+    chain = {seed: found[Drawing(*CHAIN, T, n, seed)]["fd"][id] for seed in seeds}
     rows = []
-    for name, steps in dict.fromkeys((drawing.sampler, drawing.steps) for drawing in found):
-        sets = [Drawing(name, steps, n, seed) for seed in seeds]
+    for name, spacing, steps in dict.fromkeys((drawing.sampler, drawing.spacing, drawing.steps) for drawing in found):
+        sets = [Drawing(name, spacing, steps, n, seed) for seed in seeds]
         distances = [found[drawing]["fd"][id] for drawing in sets]
         differences = [100 * (distance / chain[seed] - 1) for seed, distance in zip(seeds, distances, strict=True)]
         seconds = statistics.mean(found[drawing]["seconds"] for drawing in sets)
         of_seeds = " ".join(f"{value:+.1f}" for value in differences)
-        rows.append([name, sets[0].evaluations, steps, statistics.mean(distances), statistics.mean(differences), of_seeds, seconds])
-    columns = ["sampler", "evaluations", "steps", "FD", "% from the full chain", "of each seed", "s for a set"]
+        rows.append(
+            [name, spacing, sets[0].evaluations, steps, statistics.mean(distances), statistics.mean(differences), of_seeds, seconds]
+        )
+    columns = ["sampler", "spacing", "evaluations", "steps", "FD", "% from the full chain", "of each seed", "s for a set"]
     note = (
         f"means over {len(seeds)} sets of {n:,} images, seeds {', '.join(map(str, seeds))}; a set of 5,000 has a spread of about 2 % over"
         f" seeds; the full chain is ddpm in {T} steps from the same noise"

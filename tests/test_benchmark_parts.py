@@ -12,13 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, attention, checkout, evaluation, growth, made_up, startup, steps, tracking, vae
+from benchmarks import (
+    ablation,
+    attention,
+    checkout,
+    convolutions,
+    evaluation,
+    growth,
+    made_up,
+    ours,
+    startup,
+    steps,
+    tracking,
+    training,
+    vae,
+)
 from benchmarks.peers import SHAPE
 from benchmarks.report import Settings, peak_mib
 from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.samplers import SAMPLERS
 from rediffuse.diffusion.task import denoiser_config
 from rediffuse.errors import UserError
-from rediffuse.params import SampleDDPM, flatten, load_params
+from rediffuse.params import flatten, load_params
 from rediffuse.vae.objective import elbo
 
 QUICK = Settings(quick=True)
@@ -29,6 +44,14 @@ def test_both_ways_of_attention_are_timed() -> None:
     (table,) = attention.measure(QUICK)
     assert [row[0] for row in table.rows] == list(attention.CONTENDERS)
     assert all(row[1] > 0 for row in table.rows)
+
+
+def test_the_convolutions_have_the_flops_of_the_network() -> None:
+    """But for the dense layers of time and label, which are a hundredth."""
+    model = ours.denoiser(ours.parameters())
+    found = convolutions.convolutions(model, ours.network_inputs(model, 2))
+    flops = sum(count * shape.gflop * 1e9 for shape, count in found.items())
+    assert 0.98 < flops / (2 * training.our_flops()) <= 1
 
 
 # The ablation
@@ -55,16 +78,15 @@ def params() -> Any:
     return chosen.model_copy(update={"ddpm": chosen.ddpm.model_copy(update=made_up.TINY | {"T": 12})})
 
 
-@pytest.mark.parametrize("sampler", steps.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("evaluations", [1, 5, 10])
 def test_evaluations_are_those_that_the_network_is_asked_for(sampler: str, evaluations: int) -> None:
     denoiser = Denoiser(**denoiser_config(params().ddpm, SHAPE, ["a"])).eval()
     seen = list[int]()
     denoiser.register_forward_hook(lambda *_: seen.append(1))
-    drawing = steps.Drawing(sampler, steps.steps_for(sampler, evaluations), 2, 1)
-    settings = SampleDDPM(sampler=sampler, steps=drawing.steps, eta=0.0, guidance_scale=1.0)  # type: ignore[arg-type]
+    drawing = steps.Drawing(sampler, "even", steps.steps_for(sampler, evaluations), 2, 1)
     with torch.inference_mode():
-        steps.ddpm_shards(denoiser, settings, "float32")(torch.arange(2), torch.Generator().manual_seed(0))
+        steps.ddpm_shards(denoiser, drawing.settings, "float32")(torch.arange(2), torch.Generator().manual_seed(0))
     assert len(seen) == drawing.evaluations
     assert evaluations - 1 <= len(seen) <= evaluations
 
@@ -86,20 +108,21 @@ def test_sets_that_were_measured_are_not_drawn_again(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(steps, "draw", draw)
     (first,) = run((1,))
-    assert drawn == [(128, 1)] * 5  # four samplers with 2 evaluations, and the full chain
+    sets = len(steps.METHODS) + 1  # each in 2 evaluations, and the full chain
+    assert drawn == [(128, 1)] * sets
     assert run((1,)) == [first]
-    assert len(drawn) == 5
+    assert len(drawn) == sets
     run((1, 2))
-    assert drawn[5:] == [(128, 2)] * 5
-    fd = {(row[0], row[1]): row[3] for row in first.rows}
-    differences = {(row[0], row[1]): row[4] for row in first.rows}
+    assert drawn[sets:] == [(128, 2)] * sets
+    fd = {(row[0], row[2]): row[4] for row in first.rows}
+    differences = {(row[0], row[2]): row[5] for row in first.rows}
     assert differences["ddpm", 12] == 0
     assert differences["ddim", 2] == pytest.approx(100 * (fd["ddim", 2] - fd["ddpm", 12]) / fd["ddpm", 12])
 
     weights = tmp_path / "ddpm/config.json"
     weights.write_text(json.dumps(json.loads(weights.read_text()), indent=4))
     run((1,))
-    assert len(drawn) == 15, "another model must be measured anew"
+    assert len(drawn) == 3 * sets, "another model must be measured anew"
 
 
 def test_without_a_trained_model_the_message_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
