@@ -138,7 +138,7 @@ def test_full_records_say_what_a_comparison_must_know(checkout):
         assert part["instrument"]["sha256"] == hashlib.sha256(weights).hexdigest()
         assert len(part["scores"]["fd"]["values"]) == 2
         assert len(record["instruments"]) == 2
-    assert ddpm["sampling"]["sampler"] == "dpm-solver++" and ddpm["sampling"]["steps"] == 5 and ddpm["sampling"]["ema_half_life"]
+    assert ddpm["sampling"]["sampler"] == "sde-dpm-solver++" and ddpm["sampling"]["steps"] == 5 and ddpm["sampling"]["ema_half_life"]
     assert ddpm["instruments"][INSTRUMENT]["classes"]["by"] == "label" and vae["instruments"][INSTRUMENT]["classes"]["by"] == "predicted"
     assert {"accuracy_score", "label_accuracy"} <= set(ddpm) and "accuracy_score" not in vae
     assert "reconstructions" in vae["instruments"][INSTRUMENT]
