@@ -3,8 +3,8 @@
 A shared machine has slower minutes, so time is counted in images: each contender is trained on exactly as many as it handles in that
 time at its throughput in the part `training`, measured in the same invocation or kept in results.json from the same machine (where there
 is none, a few steps are measured here).  Its learning rate's schedule ends there.  Then it draws 5,000 images from its averaged weights,
-with a few-step sampler of its own: ours as params.yaml says; diffusers with DPM-Solver++ (2M) in 20 steps; denoising-diffusion-pytorch
-with its DDIM in 50.  Distances are to the 10,000 test images.  The floor is what 5,000 real training images get (three disjoint sets);
+with a few-step sampler of its own: ours as params.yaml says; diffusers, as its DDIMPipeline, and denoising-diffusion-pytorch with DDIM
+in 50 steps.  Distances are to the 10,000 test images.  The floor is what 5,000 real training images get (three disjoint sets);
 what counts is the excess over it.  Ratio: excess of the contender / excess of ours, both of this run.
 
 Ours is the default recipe, labels and all.  The peers are in their best setting (benchmarks/peers.py), unconditional, as their scripts
@@ -48,7 +48,7 @@ INSTRUMENTS = "fashion-mnist-cnn-v1", "random-conv-v1"
 N, N_QUICK = 5000, 256  # images drawn; a distance needs twice as many as its instrument has dimensions
 SETS = 3  # of real images, for the floor
 LR = 1e-3  # of the peers
-EVALUATIONS: dict[peers.Kind, int] = {"diffusers": 20, "denoising-diffusion-pytorch": 50}
+EVALUATIONS: dict[peers.Kind, int] = {"diffusers": 50, "denoising-diffusion-pytorch": 50}
 QUICK_STEPS = 10
 SAME = ("cpu", "cores", "threads", "capability", "quick")  # of two measurements on one machine
 
