@@ -8,9 +8,7 @@ operations; what two cores take beyond half of one core's time is waiting for ea
 from __future__ import annotations
 
 import functools
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ours
-from benchmarks.machine import conv_peak
+from benchmarks.machine import best_seconds, conv_peak
 from benchmarks.peers import best_precision
 from benchmarks.report import Cell, Settings, Table
 from benchmarks.workers import Turn, Workers
-
-REPETITIONS = 12
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def convolutions(model: nn.Module, inputs: tuple[Tensor, Tensor, Tensor | None])
     return found
 
 
-def seconds(shape: Convolution, dtype: torch.dtype, repetitions: int) -> tuple[float, float, float]:
+def seconds(shape: Convolution, dtype: torch.dtype, *, quick: bool) -> tuple[float, float, float]:
     """The best time of forward, of the input's gradient and of the weight's."""
     x, weight = (torch.randn(size).to(dtype).to(memory_format=torch.channels_last) for size in (shape.x, shape.weight))
     bias = torch.zeros(shape.weight[0], dtype=dtype)
@@ -74,18 +70,15 @@ def seconds(shape: Convolution, dtype: torch.dtype, repetitions: int) -> tuple[f
             gradient, x, weight, None, shape.stride, shape.padding, (1, 1), False, (0, 0), 1, [*mask, False]
         )
 
-    def best(call: Callable[[], object]) -> float:
-        call()
-        return min(_elapsed(call) for _ in range(repetitions))
-
-    return best(forward), best(functools.partial(backward, True, False)), best(functools.partial(backward, False, True))
+    calls = forward, functools.partial(backward, True, False), functools.partial(backward, False, True)
+    of_forward, of_input, of_weight = (best_seconds(call, quick) for call in calls)
+    return of_forward, of_input, of_weight
 
 
 def measure(settings: Settings) -> list[Table]:
-    repetitions = 2 if settings.quick else REPETITIONS
     steps = 2 if settings.quick else 20
     contenders = {
-        "alone": functools.partial(_alone, repetitions, settings.quick),
+        "alone": functools.partial(_alone, settings.quick),
         "one core": functools.partial(_network, 1, steps),
         "all cores": functools.partial(_network, torch.get_num_threads(), steps),
     }
@@ -105,7 +98,7 @@ def measure(settings: Settings) -> list[Table]:
     rows.append(["all of them", sum(int(row[1] or 0) for row in rows), work, *(work / each for each in whole)])
     note = (
         f"Batch {batch}, {best_precision()}, channels_last, one core, whose convolution peak is {peak:.0f} GFLOP/s; best of"
-        f" {settings.turns} x {repetitions}."
+        f" {settings.turns} turns."
     )
     columns = ["convolution", "times", "GFLOP", "GFLOP/s, forward", "gradient of the input", "of the weights"]
     step = batch / rates["one core"]
@@ -119,7 +112,7 @@ def measure(settings: Settings) -> list[Table]:
     return [Table("The convolutions of a training step", columns, rows, note), Table("What limits it", ["what", "measured"], shares)]
 
 
-def _alone(repetitions: int, quick: bool) -> Turn:
+def _alone(quick: bool) -> Turn:
     torch.set_num_threads(1)
     params = ours.parameters()
     model = ours.denoiser(params)
@@ -127,16 +120,10 @@ def _alone(repetitions: int, quick: bool) -> Turn:
     dtype = getattr(torch, best_precision())
     return lambda: {
         "peak": conv_peak(dtype, quick=quick)[0],
-        "shapes": [(str(shape), count, shape.gflop, seconds(shape, dtype, repetitions)) for shape, count in shapes.items()],
+        "shapes": [(str(shape), count, shape.gflop, seconds(shape, dtype, quick=quick)) for shape, count in shapes.items()],
     }
 
 
 def _network(threads: int, steps: int) -> Turn:
     torch.set_num_threads(threads)
     return ours.network_turn(steps)
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin

@@ -70,7 +70,7 @@ def conv_peak(dtype: torch.dtype, *, quick: bool = False) -> tuple[float, str]:
             x = torch.randn(BATCH, channels, side, side).to(dtype).to(memory_format=torch.channels_last)
             weight = torch.randn(channels, channels, 3, 3).to(dtype).to(memory_format=torch.channels_last)
             operations, convolve = 2 * 9 * BATCH * channels**2 * side**2, functools.partial(conv2d, x, weight, padding=1)
-            rates[f"{channels} channels, {side}x{side}"] = operations / _seconds(convolve, quick) / 1e9
+            rates[f"{channels} channels, {side}x{side}"] = operations / best_seconds(convolve, quick) / 1e9
     best = max(rates, key=lambda shape: rates[shape])
     return rates[best], best
 
@@ -80,17 +80,17 @@ def matmul_peak(dtype: torch.dtype, *, quick: bool = False) -> float:
     rates = []
     for size in (128,) if quick else SQUARES:
         a, b = torch.randn(2, size, size).to(dtype)
-        rates.append(2 * size**3 / _seconds(functools.partial(torch.mm, a, b), quick) / 1e9)
+        rates.append(2 * size**3 / best_seconds(functools.partial(torch.mm, a, b), quick) / 1e9)
     return max(rates)
 
 
 def _copy_rate(*, quick: bool) -> float:
     source = torch.ones(BYTES // 64 if quick else BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * len(source) / _seconds(functools.partial(target.copy_, source), quick) / 1e9
+    return 2 * len(source) / best_seconds(functools.partial(target.copy_, source), quick) / 1e9
 
 
-def _seconds(call: Callable[[], object], quick: bool) -> float:
+def best_seconds(call: Callable[[], object], quick: bool) -> float:
     """Of one call, at best: over repetitions of as many calls as take LEAST seconds."""
     with torch.inference_mode():
         call()  # allocations and the choice of a kernel

@@ -262,25 +262,30 @@ def test_eta_scales_the_standard_deviation_of_each_step(eta):
     assert difference.item() == pytest.approx(eta * posterior_variance.sqrt().item(), rel=1e-9)
 
 
-def test_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
-    """Where D is a line in lambda = log(alpha / sigma), the second and later steps see it at their middle; steps here are uneven."""
-    schedule, steps, seen = Schedule.make("cosine", 60), 6, []
+def steps_where_D_is_a_line(sampler, noise):
+    """The schedule, and (t, x_t), (s, x_s) and D at the middle for the second and later of 6 steps, which are uneven in lambda."""
+    schedule, seen = Schedule.make("cosine", 60), []
     lambda_ = 0.5 * (schedule.alpha_bar / schedule.one_minus_alpha_bar).log()
 
     def line(at):
         return 0.3 - 0.04 * at
 
-    SAMPLERS["dpm-solver++"](
+    SAMPLERS[sampler](
         lambda x_t, t, labels: line(lambda_[t]),
         schedule,
         standard_normal(1),
         None,
-        times=even_times(schedule, steps),
-        noise=lambda: pytest.fail("a deterministic sampler drew noise"),
+        times=even_times(schedule, 6),
+        noise=noise,
         observe=lambda t, x_t, x_0: seen.append((t, x_t)),
     )
-    for (t, x_t), (s, x_s) in pairwise(seen[1:]):
-        x_0 = line((lambda_[t] + lambda_[s]) / 2)
+    return schedule, [(before, after, line((lambda_[before[0]] + lambda_[after[0]]) / 2)) for before, after in pairwise(seen[1:])]
+
+
+def test_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
+    """Where D is a line in lambda = log(alpha / sigma), the second and later steps see it at their middle."""
+    schedule, steps = steps_where_D_is_a_line("dpm-solver++", lambda: pytest.fail("a deterministic sampler drew noise"))
+    for (t, x_t), (s, x_s), x_0 in steps:
         # The exact solution of the flow under a constant x_0: the noise in x_t shrinks, the image is x_0.
         eps = (x_t - schedule.alpha_bar[t].sqrt() * x_0) / schedule.one_minus_alpha_bar[t].sqrt()
         torch.testing.assert_close(x_s, schedule.alpha_bar[s].sqrt() * x_0 + schedule.one_minus_alpha_bar[s].sqrt() * eps)
@@ -306,24 +311,10 @@ def test_sde_dpm_solver_pp_is_ancestral_where_the_denoiser_is_constant():
 
 
 def test_sde_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step():
-    """As below without noise: where D is a line in lambda, the second and later steps are ancestral for D at their middle."""
-    schedule, seen = Schedule.make("cosine", 60), []
-    lambda_ = schedule.log_snr / 2
-
-    def line(at):
-        return 0.3 - 0.04 * at
-
-    SAMPLERS["sde-dpm-solver++"](
-        lambda x_t, t, labels: line(lambda_[t]),
-        schedule,
-        standard_normal(1),
-        None,
-        times=even_times(schedule, 6),
-        noise=lambda: torch.zeros(1, dtype=f64),
-        observe=lambda t, x_t, x_0: seen.append((t, x_t)),
-    )
-    for (t, x_t), (s, x_s) in pairwise(seen[1:]):
-        mean, _ = schedule.q_posterior(line((lambda_[t] + lambda_[s]) / 2), x_t, t, s)
+    """Where D is a line in lambda, the second and later steps are ancestral for D at their middle."""
+    schedule, steps = steps_where_D_is_a_line("sde-dpm-solver++", lambda: torch.zeros(1, dtype=f64))
+    for (t, x_t), (s, x_s), x_0 in steps:
+        mean, _ = schedule.q_posterior(x_0, x_t, t, s)
         torch.testing.assert_close(x_s, mean, rtol=1e-9, atol=1e-9)
 
 
