@@ -77,9 +77,12 @@ def trainer(
     )
 
 
-def training_turn(steps: int, precision: str = "auto", *, large: bool = False) -> Callable[[], float]:
-    """A turn of `steps` whole steps of the trainer: the seconds from its first log to its last, so that set-up is not counted."""
-    params, (images, labels) = parameters(precision, large=large), random_images()
+def training_turn(steps: int, precision: str = "auto", *, large: bool = False, params: Params | None = None) -> Callable[[], float]:
+    """A turn of `steps` whole steps of the trainer: the seconds from its first log to its last, so that set-up is not counted.
+
+    params: in the place of those of the checkout.
+    """
+    params, (images, labels) = params or parameters(precision, large=large), random_images()
     batch, logs = params.ddpm.training.batch, min(LOGS, steps)
 
     def turn() -> float:

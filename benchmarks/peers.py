@@ -8,7 +8,8 @@ Each in two settings:
  * `documented`: float32, contiguous, as the package's own training script has it.  diffusers: examples/unconditional_image_generation,
    with --use_ema (AdamW lr 1e-4, betas 0.95 and 0.999, weight decay 1e-6; gradients clipped at 1; cosine schedule with warm-up; linear
    noise schedule, T = 1000, predicts eps; the loss is read at each step).  denoising-diffusion-pytorch: the Trainer and the numbers of the
-   README (Adam lr 8e-5, betas 0.9 and 0.99; clipped at 1; EMA every 10 steps; sigmoid schedule, T = 1000, predicts v; flash attention).
+   README (Adam lr 8e-5, betas 0.9 and 0.99; clipped at 1; EMA every 10 steps; sigmoid schedule, T = 1000, predicts v; flash attention;
+   on CUDA in mixed precision, without which its flash attention does not run there).
  * `best`: the fastest of what its own switches and torch's allow without a change to its code, on a CPU with bfloat16: autocast, fused
    optimizer, EMA by foreach; diffusers contiguous (channels_last is slower there), one attention head a block as in google/ddpm-cifar10-32
    and AttnProcessor, which writes the attention out; denoising-diffusion-pytorch channels_last, with one attention head instead of 4.
@@ -104,7 +105,7 @@ def diffusers_unet(structure: Structure, width: int, setting: Setting) -> nn.Mod
         norm_num_groups=structure.multiple,
         attention_head_dim=8 if setting == "documented" else None,  # None: one head
     )
-    if setting == "best":
+    if setting == "best" and device().type == "cpu":
         for module in unet.modules():
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())
@@ -127,7 +128,10 @@ UNETS: dict[Kind, tuple[Callable[[Structure, int, Setting], nn.Module], tuple[St
 
 
 def unet_flops(unet: nn.Module, side: int) -> float:
-    return forward_flops(lambda: unet(torch.zeros(1, 1, side, side), torch.ones(1, dtype=torch.int64)))
+    """Counted on shapes alone: nothing is computed."""
+    unet = unet.to("meta")
+    inputs = torch.zeros(1, 1, side, side, device="meta"), torch.ones(1, dtype=torch.int64, device="meta")
+    return forward_flops(lambda: unet(*inputs))
 
 
 @cache
@@ -150,7 +154,9 @@ def sized(kind: Kind, setting: Setting, target: float) -> tuple[Structure, int]:
 
 
 class Contender(Protocol):
-    """A peer that trains and draws.  Images are uint8 (B, 1, 28, 28)."""
+    """A peer that trains and draws.  Images are uint8 (B, 1, 28, 28); network: its U-Net."""
+
+    network: nn.Module
 
     def step(self, images: Tensor) -> float:
         """One whole step of training; returns the loss."""
@@ -178,7 +184,8 @@ class Recipe:
 
     @property
     def context(self) -> AbstractContextManager[object]:
-        return autocast(device(), "auto" if self.setting == "best" else "float32")
+        mixed = self.setting == "best" or (self.kind == "denoising-diffusion-pytorch" and device().type == "cuda")  # its README: amp = True
+        return autocast(device(), "auto" if mixed else "float32")
 
     @property
     def fused(self) -> bool | None:
@@ -194,7 +201,7 @@ class Diffusers:
         from diffusers.training_utils import EMAModel
 
         self.recipe, self.side = recipe, recipe.structure.side
-        self.model = recipe.unet().to(device()).train()
+        self.model = self.network = recipe.unet().to(device()).train()
         self.noising = DDPMScheduler(num_train_timesteps=T, beta_schedule="linear", prediction_type="epsilon")
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr or 1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=recipe.fused
@@ -255,7 +262,8 @@ class Lucidrains:
         from ema_pytorch import EMA
 
         self.recipe, self.side = recipe, recipe.structure.side
-        self.model = GaussianDiffusion(recipe.unet(), image_size=self.side, timesteps=T, sampling_timesteps=250).to(device())
+        self.network = recipe.unet()
+        self.model = GaussianDiffusion(self.network, image_size=self.side, timesteps=T, sampling_timesteps=250).to(device())
         if recipe.setting == "best":
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.lr or 8e-5, betas=(0.9, 0.99), fused=recipe.fused)
@@ -295,9 +303,11 @@ def contender(recipe: Recipe) -> Contender:
     return KINDS[recipe.kind](recipe)
 
 
-def training_turn(recipe: Recipe, steps: int) -> Callable[[], float]:
-    """A turn of `steps` whole steps: images a second."""
-    peer, stream = contender(recipe), batches(random_images()[0], recipe.batch)
+def training_turn(recipe: Recipe, steps: int, *, compiled: bool = False) -> Callable[[], float]:
+    """A turn of `steps` whole steps: images a second.  compiled: the network by torch, which changes nothing in it."""
+    peer, stream = contender(recipe), batches(random_images()[0].to(device()), recipe.batch)
+    if compiled:
+        peer.network.compile(dynamic=False)
     for _ in range(min(WARM, steps)):
         peer.step(next(stream))
 
@@ -305,6 +315,7 @@ def training_turn(recipe: Recipe, steps: int) -> Callable[[], float]:
         begin = time.perf_counter()
         for _ in range(steps):
             peer.step(next(stream))
+        wait()
         return steps * recipe.batch / (time.perf_counter() - begin)
 
     return turn
@@ -321,6 +332,12 @@ def sampling_turn(recipe: Recipe, n: int, evaluations: int) -> Callable[[], floa
         return n / (time.perf_counter() - begin)
 
     return turn
+
+
+def wait() -> None:
+    """Until a GPU, where there is one, has done what it was given."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def random_images() -> tuple[Tensor, Tensor]:

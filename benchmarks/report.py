@@ -21,7 +21,21 @@ from rediffuse.files import write_json
 Cell = str | float | int | None
 Record = dict[str, Any]
 
-PARTS = ("machine", "training", "convolutions", "sampling", "vae", "startup", "evaluation", "attention", "growth", "steps", "quality")
+PARTS = (
+    "machine",
+    "training",
+    "convolutions",
+    "sampling",
+    "vae",
+    "startup",
+    "evaluation",
+    "attention",
+    "growth",
+    "steps",
+    "quality",
+    "decoding",
+    "gpu",
+)
 RATIO = "ratio"  # a column of this name: how many times as good as this row, as fast for example, ours is; what the plot shows
 NOTHING = "–"  # a cell that was not measured
 VERSIONS = ("torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "pythae", "torch-fidelity", "dvc", "mlflow")

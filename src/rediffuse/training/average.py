@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar, cast
+import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,20 +20,16 @@ class Average(Generic[Model]):
     """
 
     def __init__(self, model: Model, half_life: int) -> None:
-        self.half_life, self.weight = half_life, 1.0
-        self.averaged = AveragedModel(model, multi_avg_fn=self._lerp)
-        self.averaged.requires_grad_(False)
+        self.half_life, self.model = half_life, copy.deepcopy(model)
+        self.model.requires_grad_(False)
 
-    @property
-    def model(self) -> Model:
-        """The averaged model."""
-        return cast("Model", self.averaged.module)
-
+    @torch.no_grad()
     def update(self, model: Model, *, seen: int, batch: int) -> None:
         """Move towards the model after a step of `batch` images, `seen` in all."""
         half_life = min(self.half_life, WARMUP * seen)
-        self.weight = 1 - 0.5 ** (batch / half_life) if half_life else 1.0
-        self.averaged.update_parameters(model)
-
-    def _lerp(self, averaged: Sequence[Any], trained: Sequence[Any], _: Tensor | int) -> None:
-        torch._foreach_lerp_(list(averaged), list(trained), self.weight)
+        first = seen == batch  # there is nothing yet to be kept
+        weight = 1 - 0.5 ** (batch / half_life) if half_life and not first else 1.0
+        # Not torch's AveragedModel: it keeps its count on the CPU and sends it to the GPU at each step, which waits for it.
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        for kept, current in zip(self.model.buffers(), model.buffers(), strict=True):
+            kept.copy_(current)

@@ -216,7 +216,7 @@ class Trainer(Generic[Model]):
         self.sums = totals if distributed.is_main() else {key: torch.zeros_like(measure) for key, measure in totals.items()}
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
-        return {"model": self.model, "average": self.average.averaged, "optimizer": self.optimizer, "rate": self.rate}
+        return {"model": self.model, "average": self.average.model, "optimizer": self.optimizer, "rate": self.rate}
 
 
 def _arithmetic() -> dict[str, int]:
