@@ -218,6 +218,19 @@ def test_data_that_the_code_names_and_nobody_tracks(checkout: Path) -> None:
 # Parameters and stages
 
 
+def test_images_of_ones_own_that_nobody_tracks(checkout: Path) -> None:
+    own = checkout / "data/own"
+    own.mkdir(parents=True)
+    (own / ".gitignore").write_text("*\n!.gitignore\n")
+    changed = deepcopy(PIPELINE)
+    changed["prepare"]["deps"].append("data/own")
+    write_pipeline(checkout, changed)
+    git(checkout, "add", "-A")
+    assert only(checks.data_are_known(checkout, stages(checkout))).level == "ok"
+    (own / "cat.png").write_bytes(b"")
+    assert_found(checks.data_are_known(checkout, stages(checkout)), "FAIL", "data/own, read by prepare", "tracked by nobody")
+
+
 def test_parameters_that_no_stage_lists(checkout: Path) -> None:
     changed = deepcopy(PIPELINE)
     changed["prepare"]["params"] = [*(group for group in GROUPS if group not in ("vae", "data")), "vae.training", "vae.beta"]

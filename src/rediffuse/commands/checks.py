@@ -86,12 +86,17 @@ def data_are_known(root: Path, stages: Sequence[Stage]) -> list[Finding]:
         for path in re.findall(r"""["'](data/[\w./-]*\w)""", file.read_text(errors="replace")):
             needed.setdefault(path, str(file.relative_to(root)))
     unknown = {path for path in needed if not (_within(path, made) or any(_within(other, {path}) for other in made))}
-    unknown = {path for path in unknown if not _within(path, FETCHED) and not git(root, "ls-files", "--", path)}
+    unknown = {path for path in unknown if not _within(path, FETCHED) and not _in_git(root, path)}
     if unknown:
         readers = listed({needed[path] for path in unknown})
         what = f"{listed(unknown)}, read by {readers}, is made by no stage and tracked by nobody"
         return [Finding("FAIL", what, "dvc add it, or git add it if it is small; list it in the deps of the stage")]
     return [ok("whatever stages read is made by a stage or tracked")]
+
+
+def _in_git(root: Path, path: str) -> bool:
+    """Whether git has the file, or all files of the folder, also of those that it was told to ignore (images in data/own)."""
+    return bool(git(root, "ls-files", "--", path)) and not git(root, "ls-files", "--others", "--", path)
 
 
 # Parameters and stages

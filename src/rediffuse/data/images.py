@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,18 +55,15 @@ class ImageSet:
         return ImageSet(self.images[indices], None if self.labels is None else self.labels[indices], self.classes)
 
 
-def save_images(folder: str | Path, splits: Mapping[str, ImageSet], manifest: Mapping[str, Any]) -> None:
-    """Write the splits and their manifest.  The folder is replaced as a whole: it is never seen half-written."""
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A new folder that takes the place of this one as a whole at the end of the block; until then, and after an error, nothing changes."""
     folder = Path(folder)
     incoming = folder.with_name(f".{folder.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
     try:
-        for name, split in splits.items():
-            (incoming / name).mkdir(parents=True)
-            np.save(incoming / name / "images.npy", split.images)
-            if split.labels is not None:
-                np.save(incoming / name / "labels.npy", split.labels)
-        (incoming / "manifest.json").write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+        yield incoming
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(incoming, folder)
@@ -73,14 +71,70 @@ def save_images(folder: str | Path, splits: Mapping[str, ImageSet], manifest: Ma
         shutil.rmtree(incoming, ignore_errors=True)
 
 
+def save_images(folder: str | Path, splits: Mapping[str, ImageSet], manifest: Mapping[str, Any]) -> None:
+    """Write the splits and their manifest.  The folder is replaced as a whole: it is never seen half-written."""
+    with replacing(folder) as incoming:
+        for name, split in splits.items():
+            (incoming / name).mkdir()
+            np.save(incoming / name / "images.npy", split.images)
+            if split.labels is not None:
+                np.save(incoming / name / "labels.npy", split.labels)
+        save_manifest(incoming, manifest)
+
+
+def save_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
+
+class ImageAppender:
+    """A split that is written image by image, in constant memory: the files are those that `save_images` writes.
+
+    shape: (C, H, W) of all images.  labels: whether each has one.  To be closed by `with`.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], *, labels: bool) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.shape, self.count = folder, shape, 0
+        self.labels: list[int] | None = [] if labels else None
+        self.file = (folder / "images.npy").open("wb")
+
+    def __enter__(self) -> ImageAppender:
+        self._write_header()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.file:
+            self.file.seek(0)
+            self._write_header()  # of the same length: numpy leaves room for the first axis to grow
+        if self.labels is not None:
+            np.save(self.folder / "labels.npy", np.array(self.labels, np.int64))
+
+    def append(self, image: NDArray[np.uint8], label: int | None) -> None:
+        """image: (C, H, W)."""
+        if image.shape != self.shape or image.dtype != np.uint8:
+            raise ValueError(f"image must be uint8 {self.shape}, got {image.dtype} {image.shape}")
+        self.file.write(image.tobytes())
+        self.count += 1
+        if self.labels is not None:
+            assert label is not None
+            self.labels.append(label)
+
+    def _write_header(self) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
 def load_images(folder: str | Path, split: Split) -> ImageSet:
     """Map one split into memory.  Raises UserError if it is not there or damaged."""
-    folder = Path(folder)
-    manifest = load_manifest(folder)
+    return load_split(Path(folder), split, load_manifest(folder).get("classes", ()))
+
+
+def load_split(folder: Path, split: Split, classes: Sequence[str]) -> ImageSet:
+    """The same where the classes are known, and the manifest is not written yet."""
     labels = folder / split / "labels.npy"
     try:
-        return ImageSet(_map(folder / split / "images.npy"), _map(labels) if labels.exists() else None, tuple(manifest["classes"]))
-    except (ValueError, KeyError) as error:
+        return ImageSet(_map(folder / split / "images.npy"), _map(labels) if labels.exists() else None, tuple(classes))
+    except ValueError as error:
         raise UserError(f"{folder / split} is damaged ({error}): make it again with `dvc repro -f prepare`") from None
 
 

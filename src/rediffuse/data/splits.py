@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rediffuse.data.images import ImageSet
+from rediffuse.data.images import ImageSet, Split
+
+BLOCK = 2**22  # pixels that are counted at once: bincount turns them into int64
 
 
 def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -18,6 +20,17 @@ def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
     # RandomState, because numpy promises that its stream never changes (NEP 19); that of default_rng may.
     order = np.random.RandomState(seed).permutation(len(images))
     return images.take(np.sort(order[n:])), images.take(np.sort(order[:n]))
+
+
+def split_of(image: NDArray[np.uint8], *, seed: int, validation: float, test: float) -> Split:
+    """Where an image of a set without published splits belongs: by a hash of its pixels and the seed.
+
+    validation, test: shares of all images, between 0 and 1.  So an image that is added, removed or renamed moves no other, and equal
+    images are never both learnt from and judged by.
+    """
+    digest = hashlib.sha256(f"{seed} {image.shape} ".encode() + image.tobytes()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
 
 
 def describe(splits: Mapping[str, ImageSet], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,9 +65,10 @@ def _sha256(array: NDArray[Any]) -> str:
 def _mean_and_std(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
     """By channel, exact: from how often each of the 256 values occurs, in integers, so that no order of summation matters."""
     means, stds = [], []
+    block = max(1, BLOCK // (images.shape[2] * images.shape[3]))
     for channel in range(images.shape[1]):
-        chunks = np.array_split(images[:, channel], 64)  # bincount turns what it counts into int64
-        counts = np.sum([np.bincount(chunk.ravel(), minlength=256) for chunk in chunks], axis=0).tolist()
+        blocks = (images[start : start + block, channel] for start in range(0, len(images), block))
+        counts = np.add.reduce([np.bincount(each.ravel(), minlength=256) for each in blocks]).tolist()
         n = sum(counts)
         first = sum(value * count for value, count in enumerate(counts))
         second = sum(value**2 * count for value, count in enumerate(counts))
