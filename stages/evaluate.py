@@ -72,7 +72,8 @@ def main() -> None:
         by_class(record, views, samples, test)
         record["memorisation"] = remember(samples, train, test, plots / "images")
         context = autocast(device(), params.precision)
-        if learnt := accuracy_scores(samples.sets, test, params.evaluate, device=device(), autocast=context):
+        scored = samples.sets if views else []  # by nothing but instruments, where there are few images
+        if learnt := accuracy_scores(scored, test, params.evaluate, device=device(), autocast=context):
             record["accuracy_score"] = learnt
         if samples.labels is not None and (seen := predicted_classes(views)):
             right = (seen[0] == torch.from_numpy(samples.labels)).double().reshape(len(samples.sets), -1)
@@ -161,8 +162,8 @@ def nearest_shown(images: np.ndarray, neighbourhood: Neighbourhood, train: Image
 
 
 def write_classes(path: Path, record: Record) -> None:
-    """The distance by class of the first instrument, for `dvc plots`; without classes only the head of the table."""
-    first = next(iter(record["instruments"].values()))
+    """The distance by class of the first instrument, for `dvc plots`; without it or classes only the head of the table."""
+    first: Record = next(iter(record["instruments"].values()), {})
     rows = first["classes"]["fd"] if "classes" in first else {}
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(

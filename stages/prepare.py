@@ -1,20 +1,51 @@
-"""Make the image set: published files -> train, validation and test as uint8 arrays.  Run by `dvc repro`; see dvc.yaml."""
+"""Make the image set: published files or a folder -> train, validation and test as uint8 arrays.  Run by `dvc repro`; see dvc.yaml."""
 
-from rediffuse.data.fashion_mnist import ABOUT, load_fashion_mnist
-from rediffuse.data.images import save_images
+from pathlib import Path
+
+from rediffuse.data.folder import write_folder
+from rediffuse.data.images import load_split, replacing, save_images, save_manifest
+from rediffuse.data.published import load_published
 from rediffuse.data.splits import describe, hold_out
-from rediffuse.params import load_params
+from rediffuse.files import write_json
+from rediffuse.params import Params, load_params
 from rediffuse.tracking.row import stage_run
 from stages import run_stage
+
+FOLDER = Path("data/prepared")
+PIXELS = Path("data/spaces/pixels")  # what a DDPM of pixels depends on, as one of latents depends on data/spaces/latents
 
 
 def main() -> None:
     params = load_params()
     with stage_run("prepare", params):
-        published = load_fashion_mnist()
-        train, validation = hold_out(published["train"], params.data.validation, seed=params.seed)
-        splits = {"train": train, "validation": validation, "test": published["test"]}
-        save_images("data/prepared", splits, describe(splits, ABOUT))
+        if params.data.set == "folder":
+            prepare_folder(params)
+        else:
+            prepare_published(params)
+        write_json(PIXELS / "space.json", {"space": "pixels", "images": str(FOLDER)})
+
+
+def prepare_published(params: Params) -> None:
+    published, about = load_published(params.data.set)
+    train, validation = hold_out(published["train"], params.data.validation, seed=params.seed)
+    splits = {"train": train, "validation": validation, "test": published["test"]}
+    save_images(FOLDER, splits, describe(splits, about))
+
+
+def prepare_folder(params: Params) -> None:
+    data = params.data
+    with replacing(FOLDER) as incoming:
+        classes, about = write_folder(
+            Path(data.path),
+            incoming,
+            size=data.size,
+            channels=data.channels,
+            validation=data.validation_share,
+            test=data.test_share,
+            seed=data.split_seed,
+        )
+        splits = {name: load_split(incoming, name, classes) for name in ("train", "validation", "test")}
+        save_manifest(incoming, describe(splits, about))
 
 
 if __name__ == "__main__":

@@ -48,21 +48,23 @@ def main() -> None:
     make_deterministic()
     on, manifest = device(), load_manifest("data/prepared")
     train, validation, test = (load_images("data/prepared", split) for split in ("train", "validation", "test"))
-    everything = published(train, validation)
-    sets = [everything.take(indices) for indices in real_sets(params.sample.n, len(everything), len(params.sample.seeds))]
-    for name in params.reference.instruments:
-        check_available(name, everything)
-        check_enough(len(test), DIMENSIONS[name], params.evaluate, "test images")
+    everything, sets = train, list[ImageSet]()
+    if params.reference.instruments:  # nothing else compares sets of real images
+        everything = published(train, validation)
+        for name in params.reference.instruments:
+            check_available(name, everything)
+            check_enough(len(test), DIMENSIONS[name], params.evaluate, "test images")
+        sets = [everything.take(indices) for indices in real_sets(params.sample.n, len(everything), len(params.sample.seeds))]
 
     with stage_run("reference", params) as run:
-        instruments = measure(params, everything, sets, test)
+        instruments = measure(params, everything, sets, test) if sets else {}
         if not is_main():
             return
         record: Record = {
             "reference": describe_reference(manifest),
             "train": describe_train(manifest),
             "n": params.sample.n,
-            "sets": len(sets),
+            "sets": len(params.sample.seeds),
             "settings": describe_settings(params.evaluate),
             "instruments": instruments,
             "memorisation": remember(train, test, params.sample.n),

@@ -1,26 +1,29 @@
 """Train the denoiser of the DDPM on the prepared images.  Run by `dvc repro`; see dvc.yaml."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from rediffuse.data.images import ImageSet, load_images
-from rediffuse.data.pixels import from_signed, to_signed
+from rediffuse.data.images import load_images
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.samplers import even_times
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
+from rediffuse.diffusion.task import DenoisingStep, as_x_0, denoiser_config, validate
 from rediffuse.figures.curves import write_curves
 from rediffuse.figures.grid import annotate, save_png, strip
 from rediffuse.files import write_json
+from rediffuse.generation.space import VAE_FOLDER, Space, open_space
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import resumable, save_model
 from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import autocast, device, make_deterministic, seed_for
+from rediffuse.training.hardware import autocast, device, make_deterministic, on_device, seed_for, to_device
 from rediffuse.training.loop import Trainer
 from stages import checkpoint_configuration, checkpoint_folder, run_stage
 
+MODEL, SPACES = Path("data/models/ddpm"), Path("data/spaces")
 PLOTS = Path("metrics/plots/train_ddpm")
 ROWS, COLUMNS = 3, 11  # of the noising strip
 
@@ -30,10 +33,15 @@ def main() -> None:
     params = load_params()
     make_deterministic()
     train, validation = load_images("data/prepared", "train"), load_images("data/prepared", "validation")
-    config = denoiser_config(params.ddpm, train.shape, train.classes)
     on = device()
-    images, labels = on_device(train, on)
-    held_out, held_out_labels = on_device(validation, on)
+    images, labels = on_device(train)
+    held_out, held_out_labels = on_device(validation)
+    if params.ddpm.space == "latents":
+        images, held_out = (
+            to_device(np.load(SPACES / params.ddpm.space / f"{split}.npy", mmap_mode="r"), on) for split in ("train", "validation")
+        )
+    channels, height, width = images.shape[1:]
+    config = denoiser_config(params.ddpm, (channels, height, width), train.classes)
 
     def validated(denoiser: Denoiser) -> dict[str, float]:
         with autocast(on, params.precision):
@@ -60,28 +68,25 @@ def main() -> None:
         denoiser, curves = trainer.train(checkpoint)
         if not is_main():
             return
-        save_model(denoiser, config, Path("data/models/ddpm"))
+        save_model(denoiser, config, MODEL)
+        if params.ddpm.space == "latents":  # so that the model draws images by itself
+            shutil.copytree(SPACES / params.ddpm.space / VAE_FOLDER, MODEL / VAE_FOLDER, dirs_exist_ok=True)
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
         write_json(Path("metrics/train_ddpm.json"), {"validation": {"eps_mse": last}, "parameters": parameters})
         write_curves(PLOTS / "training.csv", curves.training)
         write_curves(PLOTS / "validation.csv", curves.validation)
-        draw_noising(denoiser.schedule, held_out[:ROWS].cpu(), seed=params.seed)
+        draw_noising(denoiser.schedule, open_space(MODEL, denoiser.shape, on), held_out[:ROWS], seed=params.seed)
         run.log_results(Path("metrics/train_ddpm.json"), PLOTS)
 
 
-def on_device(images: ImageSet, on: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images and labels, if there are any, copied to the device."""
-    labels = None if images.labels is None else torch.tensor(images.labels, device=on)
-    return torch.tensor(images.images, device=on), labels
-
-
-def draw_noising(schedule: Schedule, images: torch.Tensor, *, seed: int) -> None:
-    """The forward process: images at evenly spaced t from 0 to T, the same noise in each column."""
+@torch.no_grad()
+def draw_noising(schedule: Schedule, space: Space, images: torch.Tensor, *, seed: int) -> None:
+    """The forward process: images at evenly spaced t from 0 to T, the same noise in each column; latents are shown decoded."""
     generator = torch.Generator().manual_seed(seed_for(seed))
-    eps = torch.randn(images.shape, generator=generator)
+    eps = torch.randn(images.shape, generator=generator).to(images.device)
     times = even_times(schedule, min(COLUMNS - 1, schedule.T))[::-1]
-    columns = [from_signed(schedule.q_sample(to_signed(images), t, eps)) for t in times]
+    columns = [space.decode(schedule.q_sample(as_x_0(images), t, eps)).cpu() for t in times]
     picture = annotate(strip(torch.stack(columns, 1).numpy()), columns=[f"t={t}" for t in times])
     save_png(picture, PLOTS / "images/noising.png")
 

@@ -7,14 +7,14 @@ import torch
 from rediffuse.data.images import load_images
 from rediffuse.data.pixels import from_unit, to_unit
 from rediffuse.figures.curves import write_curves
-from rediffuse.figures.grid import annotate, grid, reconstructions, save_png
+from rediffuse.figures.grid import annotate, grid, reconstructions, save_png, strip
 from rediffuse.figures.latent import latent_map
 from rediffuse.files import write_json
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import resumable, save_model
 from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import device, make_deterministic
+from rediffuse.training.hardware import make_deterministic, on_device
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 from rediffuse.vae.prior import posterior_means
@@ -30,8 +30,8 @@ def main() -> None:
     params = load_params()
     make_deterministic()
     train, validation, test = (load_images("data/prepared", split) for split in ("train", "validation", "test"))
-    images, held_out, unseen = (torch.tensor(split.images, device=device()) for split in (train, validation, test))
-    config = vae_config(params.vae, train.shape)
+    (images, labels), held_out, unseen = (on_device(split) for split in (train, validation, test))
+    config = vae_config(params.vae, train.shape, train.classes)
     torch.manual_seed(params.seed)
     with (
         stage_run("train_vae", params) as run,
@@ -41,41 +41,54 @@ def main() -> None:
             VAE(**config),
             VAEStep(params.vae),
             images,
-            None,
+            labels,
             params.vae.training,
             name="vae",
             seed=params.seed,
             precision=params.precision,
             compile=params.compile,
-            validate=lambda vae: {f"validation_{name}": value for name, value in measure(vae, held_out, seed=params.seed).items()},
+            validate=lambda vae: {f"validation_{name}": value for name, value in measure(vae, *held_out, seed=params.seed).items()},
             log=lambda seen, values: run.log_curve(seen, {f"vae/{name}": value for name, value in values.items()}),
         )
         vae, curves = trainer.train(checkpoint)
-        measured = final_measures(vae, images, unseen, seed=params.seed)
+        measured = final_measures(vae, (images, labels), unseen, seed=params.seed)
         if not is_main():
             return
         save_model(vae, config, Path("data/models/vae"))
         write_json(Path("metrics/train_vae.json"), measured)
         write_curves(PLOTS / "training.csv", curves.training)
         write_curves(PLOTS / "validation.csv", curves.validation)
-        draw(vae, unseen)
-        means = posterior_means(vae, unseen).numpy()
+        draw(vae, *unseen)
+        means = posterior_means(vae, *unseen).numpy()
         save_png(latent_map(means, test.labels, test.classes), PLOTS / "images/latent.png")
         run.log_results(Path("metrics/train_vae.json"), PLOTS)
 
 
 @torch.no_grad()
-def draw(vae: VAE, images: torch.Tensor) -> None:
-    """Reconstructions of the first images, and walks through the latent space between pairs of them."""
-    first = images[: ROWS * COLUMNS]
-    z = vae.encode(to_unit(first))[0]
-    decoded = from_unit(vae.decode(z))
-    picture = reconstructions(first.cpu().numpy(), decoded.cpu().numpy(), COLUMNS)
-    save_png(annotate(picture, rows=["image", "VAE"] * ROWS), PLOTS / "images/reconstructions.png")
-    a, b = z[:COLUMNS, None], z[COLUMNS : 2 * COLUMNS, None]  # (COLUMNS, 1, latent_dim)
+def draw(vae: VAE, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """Reconstructions of the first images, and walks through the latent space between pairs of them.
+
+    A conditional VAE keeps the label of the image that a walk begins at, and shows the same latents with each label: what of an image is
+    not its class (the analogies of Kingma et al. 2014, figure 1).
+    """
+    columns = min(COLUMNS, len(images))
+    rows = min(ROWS, len(images) // columns)
+    first, given = images[: rows * columns], None if labels is None else labels[: rows * columns]
+    z = vae.encode(to_unit(first), given)[0]
+    decoded = from_unit(vae.decode(z, given))
+    picture = reconstructions(first.cpu().numpy(), decoded.cpu().numpy(), columns)
+    save_png(annotate(picture, rows=["image", "VAE"] * rows), PLOTS / "images/reconstructions.png")
+    a, b = z[:columns, None], (z[columns : 2 * columns] if rows > 1 else z.roll(1, 0))[:, None]  # (columns, 1, latent_dim)
     share = torch.linspace(0, 1, COLUMNS, device=z.device)[None, :, None]
-    walk = from_unit(vae.decode(torch.lerp(a, b, share).flatten(0, 1)))
+    kept = None if given is None else given[:columns].repeat_interleave(COLUMNS)
+    walk = from_unit(vae.decode(torch.lerp(a, b, share).flatten(0, 1), kept))
     save_png(grid(walk.cpu().numpy(), COLUMNS, scale=2), PLOTS / "images/interpolation.png")
+    if vae.classes:
+        names, shown = [name.strip() for name in vae.class_names[:COLUMNS]], first[:columns]
+        each = torch.arange(len(names), device=z.device).repeat_interleave(len(shown))
+        pictures = torch.cat([shown, from_unit(vae.decode(z[:columns].repeat(len(names), 1), each))])
+        picture = strip(pictures.view(-1, *shown.shape).cpu().numpy())
+        save_png(annotate(picture, rows=["image", *names]), PLOTS / "images/analogies.png")
 
 
 if __name__ == "__main__":

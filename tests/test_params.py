@@ -73,7 +73,7 @@ def test_flatten_gives_every_leaf_as_dvc_names_it(raw: dict[str, Any]) -> None:
         ({"ddpm.training.lr": 0}, "ddpm.training.lr must be a number above 0 and at most 1, got 0 (params.yaml)"),
         ({"vae.channels": [32, "many"]}, "vae.channels.1 must be an integer at least 1 and at most 2048, got 'many' (params.yaml)"),
         ({"vae.channels": [32, 0]}, "vae.channels.1 must be an integer at least 1 and at most 2048, got 0 (params.yaml)"),
-        ({"ddpm": 5}, "ddpm must be a group with T, schedule, "),
+        ({"ddpm": 5}, "ddpm must be a group with space, T, schedule, "),
         ({"sample.seeds": []}, "sample.seeds must be a list at least 1 long and at most 100 long, each an integer "),
         ({"reference.instruments": ["fid"]}, "reference.instruments.0 must be one of fashion-mnist-cnn-v1, classifier, "),
         ({"seed": -1}, "seed must be an integer at least 0 and below 4294967296, got -1 (params.yaml)"),
@@ -120,7 +120,7 @@ def test_truth_value_is_not_a_number(raw: dict[str, Any], tmp_path: Path, value:
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("ddpm.typo", "T, schedule, predict"),
+        ("ddpm.typo", "space, T, schedule, predict"),
         ("typo", "seed, precision, compile, launcher, data"),
         ("sample.vae.steps", "prior, components"),
         ("vae.training.typo", "images, batch"),
@@ -191,7 +191,7 @@ def test_missing_parameter_and_group_are_named_with_what_they_may_be(raw: dict[s
     del raw["ddpm"]["T"], raw["vae"]
     missing_vae, missing_steps = message(raw, tmp_path).splitlines()
     assert missing_steps == "ddpm.T is missing (params.yaml): an integer at least 2 and at most 10000"
-    assert missing_vae.startswith("vae is missing (params.yaml): a group with latent_dim, channels")
+    assert missing_vae.startswith("vae is missing (params.yaml): a group with latent_dim, latent_channels, channels")
 
 
 def test_missing_file_says_where_to_run(tmp_path: Path) -> None:
@@ -218,7 +218,12 @@ def test_parameters_cannot_be_changed_after_the_check() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_complete_and_say_how_they_are_used(recipe: Path) -> None:
     load_params(recipe)  # refuses what is missing or unknown
-    assert f"make repro RECIPE={recipe.stem} " in recipe.read_text()
+    head = recipe.read_text().partition("\nseed:")[0]
+    assert f"make repro RECIPE={recipe.stem} " in head and ("Measured" in head or "Not measured yet" in head)
+
+
+def test_the_recipe_for_a_cpu_is_the_default() -> None:
+    assert load_params(ROOT / "recipes/fashion-mnist-cpu.yaml") == load_params(ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize("launcher", ["python -m", "torchrun --nproc-per-node=2 -m", "srun --nodes=2 torchrun --nnodes=2 -m"])

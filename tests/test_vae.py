@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
 
-from rediffuse.errors import UserError
 from rediffuse.params import load_params
 from rediffuse.vae.model import MIN_SIGMA, VAE, reparameterise
 from rediffuse.vae.objective import (
@@ -258,7 +257,7 @@ def test_bits_per_dim_of_a_density_is_that_of_the_probabilities_of_grey_levels()
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_final_measures_hold_every_number_of_the_report(likelihood):
     vae = make_vae(likelihood=likelihood, scale=2)
-    report = final_measures(vae, patterns(80), test := patterns(20, seed=5), seed=1)
+    report = final_measures(vae, (patterns(80), None), (test := patterns(20, seed=5), None), seed=1)
     assert report["test"].keys() == {"elbo", "reconstruction", "kl", "bits_per_dim"}
     assert report["train"] == {"elbo": measure(vae, patterns(80)[:20], seed=1)["elbo"]}
     assert report["test"]["elbo"] == measure(vae, test, seed=1)["elbo"]
@@ -384,9 +383,12 @@ def test_mixture_prior_is_the_same_for_the_same_seed():
     assert not torch.equal(first, mixture(fit_mixture(means, components=3, seed=7))(100, seeded(3)))
 
 
-def test_more_components_than_images_are_refused():
-    with pytest.raises(UserError, match=r"sample\.vae\.components \(11\).*\(10\)"):
-        fit_mixture(np.zeros((10, 2), np.float32), components=11, seed=0)
+def test_there_are_no_more_components_than_images(capsys):
+    means = np.random.RandomState(0).normal(size=(10, 2)).astype(np.float32)
+    fitted = fit_mixture(means, components=11, seed=0)
+    assert len(fitted["weights"]) == 10 and fitted["asked"] == 11 and "asked" not in fit_mixture(means, components=10, seed=0)
+    assert "sample.vae.components (11) is lowered" in capsys.readouterr().err
+    assert torch.isfinite(mixture(fitted)(100, seeded())).all()
 
 
 def test_posterior_means_are_those_of_the_encoder_whatever_the_chunk():

@@ -69,7 +69,7 @@ def make_checkout(root: Path, **changes: Any) -> Params:
 
 def save_vae(root: Path, params: Params, *, seed: int) -> None:
     torch.manual_seed(seed)
-    config = vae_config(params.vae, SHAPE)
+    config = vae_config(params.vae, SHAPE, CLASSES)
     vae = VAE(**config)
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

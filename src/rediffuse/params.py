@@ -36,8 +36,25 @@ class Group(BaseModel):
 class Data(Group):
     """What the models learn from."""
 
-    set: Literal["fashion-mnist"]
+    set: Literal["fashion-mnist", "mnist", "cifar10", "folder"]
     validation: Annotated[int, Field(ge=1, le=30_000)]
+    path: str
+    size: Annotated[int, Field(ge=0, le=128)]
+    channels: Literal["auto", 1, 3]
+    validation_share: Annotated[Float, Field(gt=0, lt=1)]
+    test_share: Annotated[Float, Field(gt=0, lt=1)]
+    split_seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Data:
+        if 0 < self.size < 16:
+            raise ValueError(f"size ({self.size}) must be 16 to 128 pixels, or 0 for images that are all of one size already")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError(
+                f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must leave images to learn from: together"
+                " they must be below 1"
+            )
+        return self
 
 
 Instrument = Literal["fashion-mnist-cnn-v1", "classifier", "random-conv-v1", "pixel-pca-v1", "inception-v3", "efficientnet-lite0"]
@@ -54,9 +71,9 @@ DIMENSIONS: dict[str, int] = {
 
 
 class Reference(Group):
-    """The instruments that turn images into features; the first one's numbers are the headline."""
+    """The instruments that turn images into features; the first one's numbers are the headline.  Without any, no distance is measured."""
 
-    instruments: Annotated[list[Instrument], Field(min_length=1)]
+    instruments: list[Instrument]
 
 
 class Training(Group):
@@ -87,9 +104,11 @@ class VAE(Group):
     """The variational autoencoder."""
 
     latent_dim: Annotated[int, Field(ge=1, le=4096)]
+    latent_channels: Annotated[int, Field(ge=0, le=256)]
     channels: Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=5)]
     hidden: Annotated[int, Field(ge=1, le=65_536)]
     likelihood: Literal["bernoulli", "gaussian"]
+    conditional: bool
     beta: Annotated[Float, Field(ge=0, le=1000)]
     kl_warmup: Annotated[int, Field(ge=0)]
     free_bits: Annotated[Float, Field(ge=0, le=10)]
@@ -99,6 +118,7 @@ class VAE(Group):
 class DDPM(Group):
     """The denoising diffusion model."""
 
+    space: Literal["pixels", "latents"]
     T: Annotated[int, Field(ge=2, le=10_000)]
     schedule: Literal["linear", "cosine", "sigmoid"]
     predict: Literal["eps", "x0", "v"]
@@ -112,7 +132,7 @@ class DDPM(Group):
     width: Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
     multipliers: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=5)]
     blocks: Annotated[int, Field(ge=1, le=8)]
-    attention: Annotated[int, Field(ge=0, le=14)]
+    attention: Annotated[int, Field(ge=0, le=128)]
     dropout: Annotated[Float, Field(ge=0, lt=1)]
     training: Training
 
@@ -177,6 +197,18 @@ class Params(Group):
                 f"launcher ({self.launcher!r}) must end with -m, because the name of a module follows: `python -m`, or"
                 " `torchrun --nproc-per-node=8 -m` for 8 processes"
             )
+        if self.ddpm.space == "latents":
+            if not self.vae.latent_channels:
+                raise ValueError(
+                    "ddpm.space (latents) needs a VAE with a spatial latent, and vae.latent_channels is 0: set it to 4, for example"
+                )
+            if self.vae.conditional:
+                raise ValueError(
+                    "ddpm.space (latents) needs a VAE without labels, and vae.conditional is true: set it to false, and give the label to"
+                    " the DDPM of the latents alone (ddpm.conditional)"
+                )
+            if self.ddpm.flip:
+                raise ValueError("ddpm.flip (true) mirrors images, and cannot mirror latents: with ddpm.space latents set it to false")
         if self.sample.ddpm.steps > self.ddpm.T:
             raise ValueError(
                 f"sample.ddpm.steps ({self.sample.ddpm.steps}) must not exceed ddpm.T ({self.ddpm.T}): lower the one or raise the other"
@@ -190,17 +222,22 @@ class Params(Group):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
         evaluate = self.evaluate
-        least = {
-            "evaluate.is_splits": evaluate.is_splits,
-            "evaluate.kid_subset_size": evaluate.kid_subset_size,
-            "evaluate.neighbours": evaluate.neighbours + 1,
-            "evaluate.density_neighbours": evaluate.density_neighbours + 1,
-        }
+        least = dict[str, int]()
+        if self.reference.instruments:
+            least |= {
+                "evaluate.is_splits": evaluate.is_splits,
+                "evaluate.kid_subset_size": evaluate.kid_subset_size,
+                "evaluate.neighbours": evaluate.neighbours + 1,
+                "evaluate.density_neighbours": evaluate.density_neighbours + 1,
+            }
         # With fewer images than dimensions the covariance is singular, and the distance mostly its own bias.
         least |= {f"{name} in reference.instruments": 2 * DIMENSIONS[name] for name in self.reference.instruments}
         for name, n in least.items():
             if self.sample.n < n:
-                raise ValueError(f"sample.n ({self.sample.n}) must be at least {n} for {name}: raise the one or change the other")
+                raise ValueError(
+                    f"sample.n ({self.sample.n}) must be at least {n} for {name}: raise the one or change the other; of a set too small for"
+                    " that no distances are measured with reference.instruments: []"
+                )
         return self
 
 

@@ -27,6 +27,25 @@ def shard_generator(seed: int, shard: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(seed, SAMPLING, shard))
 
 
+def asked_labels(indices: Tensor, classes: int, label: int | None) -> Tensor | None:
+    """The labels of the images with these indices, int64: `label`, or 0, 1, 2, ... in turn if that is None.  None without classes."""
+    if not classes:
+        return None
+    return indices % classes if label is None else torch.full_like(indices, label)
+
+
+def in_shards(images: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """work(images) for any number of images (N, ...), computed on whole shards, the last filled up with copies, on the CPU.
+
+    So an image comes out the same whatever else is in the batch.
+    """
+    parts = []
+    for part in torch.split(images, SHARD):
+        filled = torch.cat([part, part[-1:].expand(SHARD - len(part), *part.shape[1:])])
+        parts.append(work(filled)[: len(part)].cpu())
+    return torch.cat(parts)
+
+
 def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
     """The first n images, uint8 (n, C, H, W) on the CPU.
 

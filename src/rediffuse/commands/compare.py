@@ -142,8 +142,8 @@ class Comparison:
 
     @property
     def comparable(self) -> bool:
-        """Whether the numbers of at least one instrument may be compared."""
-        return any(section.id and section.lines for section in self.sections)
+        """Whether the numbers of at least one instrument may be compared, or, of rows without any, those that need none."""
+        return any(section.lines and (section.id or len(self.sections) == 1) for section in self.sections)
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -170,10 +170,10 @@ def compare(rows: Sequence[Row], instruments: Sequence[str] = ()) -> Comparison:
         _check_record(row)
     known = list(dict.fromkeys(id for row in rows for id in row.record["instruments"]))
     if unknown := [id for id in instruments if id not in known]:
-        raise UserError(f"no row was measured with the instrument {', '.join(unknown)}; they were with {', '.join(known)}")
+        raise UserError(f"no row was measured with the instrument {', '.join(unknown)}; they were with {', '.join(known) or 'none'}")
     partly = {id: _partly(id, rows) for id in known if not all(id in row.record["instruments"] for row in rows)}
     refused, notes = _common_refusals(rows), () if instruments else tuple(partly.values())
-    if len(partly) == len(known) and not instruments:
+    if known and len(partly) == len(known) and not instruments:
         refused, notes = (*refused, "no instrument has measured all rows", *notes), ()
     asked = list(dict.fromkeys(instruments)) or [id for id in known if id not in partly]
     sections = [Section(id, "", (partly[id],)) if id in partly else _instrument_section(id, rows, bool(refused)) for id in asked]
@@ -187,9 +187,10 @@ def compare(rows: Sequence[Row], instruments: Sequence[str] = ()) -> Comparison:
 
 def _check_record(row: Row) -> None:
     """Raise UserError unless the record says all that the guard has to know: a missing hash must not pass for an equal one."""
-    needed = ["model", "sampling.n", "sampling.seeds", "reference.sha256", "reference.split", "reference.n", "settings", "instruments"]
+    needed = ["model", "sampling.n", "sampling.seeds", "reference.sha256", "reference.split", "reference.n", "settings"]
     lacking = [path for path in needed if not _at(row.record, path)]
-    lacking += [key for key in ("settings", "instruments") if not isinstance(row.record.get(key, {}), dict)]
+    # Instruments may be none, which was chosen; but the record must say so.
+    lacking += [key for key, absent in (("settings", {}), ("instruments", None)) if not isinstance(row.record.get(key, absent), dict)]
     if "instruments" not in lacking:
         for id, measured in row.record["instruments"].items():
             lacking += [f"instruments.{id}.{path}" for path in ("instrument.sha256", "scores") if not _at(measured, path)]

@@ -15,8 +15,9 @@ from rediffuse.diffusion.unet import UNet
 class Denoiser(nn.Module):
     """A network that predicts eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
 
-    shape: (C, H, W) of the images, which are in [-1, 1].  class_names: of the labels 0, 1, ..., none for an unconditional model;
-    the label `classes`, one past the last, means "no label".  The schedule is no buffer: an average of the weights must not touch it.
+    shape: (C, H, W) of the images, which are in [-1, 1]; clip: False for other data, which know no bounds.  class_names: of the labels
+    0, 1, ..., none for an unconditional model; the label `classes`, one past the last, means "no label".  The schedule is no buffer: an
+    average of the weights must not touch it.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Denoiser(nn.Module):
         blocks: int,
         attention: int,
         dropout: float,
+        clip: bool = True,
     ) -> None:
         super().__init__()
-        self.shape, self.predict = shape, predict
+        self.shape, self.predict, self.clip = shape, predict, clip
         self.class_names, self.classes = tuple(class_names), len(class_names)
         self.schedule = Schedule.make(schedule, T)
         self.unet = UNet(
@@ -54,7 +56,7 @@ class Denoiser(nn.Module):
         return output.float()
 
     def denoise(self, *, guidance_scale: float = 1.0) -> Denoise:
-        """D(x_t, t, labels) -> x_0 in [-1, 1], for the samplers.
+        """D(x_t, t, labels) -> x_0, in [-1, 1] if clipped, for the samplers.
 
         guidance_scale w: output = none + w (conditional - none) (Ho & Salimans 2022, in the form where 1 is no guidance).
         """
@@ -67,6 +69,7 @@ class Denoiser(nn.Module):
                 both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, none]))
                 conditional, unconditional = both.chunk(2)
                 output = torch.lerp(unconditional, conditional, guidance_scale)
-            return self.schedule.x_0_from(self.predict, output, x_t, t).clamp(-1, 1)
+            x_0 = self.schedule.x_0_from(self.predict, output, x_t, t)
+            return x_0.clamp(-1, 1) if self.clip else x_0
 
         return denoise

@@ -19,7 +19,12 @@ def denoiser_config(params: DDPM, shape: tuple[int, int, int], class_names: Sequ
     """The arguments of the Denoiser for images (C, H, W) with these classes."""
     architecture = {"T", "schedule", "predict", "fold", "width", "multipliers", "blocks", "attention", "dropout"}
     names = list(class_names) if params.conditional else []
-    return {"shape": list(shape), "class_names": names} | params.model_dump(include=architecture)
+    return {"shape": list(shape), "class_names": names, "clip": params.space == "pixels"} | params.model_dump(include=architecture)
+
+
+def as_x_0(images: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) in [-1, 1]; latents, which are floating-point numbers, as they are."""
+    return to_signed(images) if images.dtype == torch.uint8 else images
 
 
 class DenoisingStep:
@@ -40,7 +45,7 @@ class DenoisingStep:
             images = torch.where(noise["mirrored"].to(images.device)[:, None, None, None], images.flip(3), images)
         losses, t = noised_loss(
             model,
-            to_signed(images),
+            as_x_0(images),
             labels if model.classes else None,
             noise,
             weighting=self.params.loss_weight,
@@ -52,5 +57,5 @@ class DenoisingStep:
 
 
 def validate(model: Denoiser, images: Tensor, labels: Tensor | None, *, seed: int) -> dict[str, float]:
-    """The error of eps on held-out images, on a fixed grid of t and noise.  images: uint8 (N, C, H, W)."""
-    return validation_loss(model, to_signed(images), labels if model.classes else None, seed=seed, dealt=dealt, total=total)
+    """The error of eps on held-out images, on a fixed grid of t and noise.  images: as `as_x_0` takes them."""
+    return validation_loss(model, as_x_0(images), labels if model.classes else None, seed=seed, dealt=dealt, total=total)

@@ -120,12 +120,14 @@ def class_distances(
     _check_pair(generated, real)
     _check_classes(generated_classes, len(generated), len(names), "generated images")
     _check_classes(real_classes, len(real), len(names), "real images")
+    counts, real_counts = (classes.bincount(minlength=len(names)).tolist() for classes in (generated_classes, real_classes))
     distances: dict[str, dict[str, float]] = {}
     for index, name in enumerate(names):
-        of_class, of_real = generated.values[generated_classes == index], real.values[real_classes == index]
-        enough = min(len(of_class), len(of_real)) >= 2 * real.dimension
-        fd = {"fd": _frechet(_moments(of_class), _moments(of_real))} if enough else {}
-        distances[name] = {**_finite(fd, len(of_class)), "n": len(of_class)}
+        fd, n = {}, counts[index]
+        if min(n, real_counts[index]) >= 2 * real.dimension:  # images are looked for only where there are enough: there may be many classes
+            of_class, of_real = generated.values[generated_classes == index], real.values[real_classes == index]
+            fd = _finite({"fd": _frechet(_moments(of_class), _moments(of_real))}, n)
+        distances[name] = {**fd, "n": n}
     return distances
 
 
@@ -149,16 +151,22 @@ def _check_dimension(n: int, dimension: int, title: str) -> None:
     if n < 2 * dimension:
         raise UserError(
             f"too few {title}: at least {2 * dimension} are needed, because a Fréchet distance in {dimension} dimensions needs twice as"
-            f" many, got {n}; raise sample.n, or choose an instrument with fewer dimensions (params.yaml)"
+            f" many, got {n}; {_more(title)}, choose an instrument with fewer dimensions, or measure no distances with"
+            " reference.instruments: [] (params.yaml)"
         )
 
 
 def _check_least(n: int, least: int, name: str, value: int, title: str) -> None:
     if n < least:
         raise UserError(
-            f"too few {title}: at least {least} are needed, because evaluate.{name} is {value}, got {n}; raise sample.n, or lower"
-            f" evaluate.{name} (params.yaml)"
+            f"too few {title}: at least {least} are needed, because evaluate.{name} is {value}, got {n}; {_more(title)}, lower"
+            f" evaluate.{name}, or measure no distances with reference.instruments: [] (params.yaml)"
         )
+
+
+def _more(title: str) -> str:
+    """How there come to be more of these images."""
+    return "take more images or raise data.test_share" if title in ("test images", "real images") else "raise sample.n"
 
 
 def _check_pair(generated: Features, real: Features) -> None:

@@ -260,7 +260,7 @@ def _check_fitted(name: str, images: ImageSet) -> None:
     if len(images) < LEAST:
         raise UserError(
             f"reference.instruments names {name}, which is made from at least {LEAST} training images, and data.set has {len(images)}:"
-            " take more images, or efficientnet-lite0 or inception-v3 (params.yaml)"
+            " take more images, or measure no distances with reference.instruments: [] (params.yaml)"
         )
 
 

@@ -119,8 +119,8 @@ def position(distance: Record, rows: Record, name: str) -> Record:
 def accuracy_scores(
     sets: Sequence[Labelled], test: ImageSet, settings: Evaluate, *, device: torch.device, autocast: AbstractContextManager[object]
 ) -> Record | None:
-    """Spread of the classification accuracy score over the sets; None where labels are missing, or it is not asked for."""
-    if test.labels is None or not settings.accuracy_images:
+    """Spread of the classification accuracy score over the sets; None without sets or labels, or where it is not asked for."""
+    if test.labels is None or not settings.accuracy_images or not sets:
         return None
     scores = []
     for part in sets:

@@ -18,6 +18,7 @@ from rediffuse.files import replace_file
 Picture = NDArray[np.uint8]
 
 WHITE = 255  # gaps, margins and cells without an image
+LONGEST = 40  # characters of a name
 
 
 def grid(images: Picture, columns: int, pad: int = 2, scale: int = 1) -> Picture:
@@ -72,7 +73,7 @@ def reconstructions(originals: Picture, decoded: Picture, columns: int, pad: int
 def annotate(picture: Picture, rows: Sequence[str] = (), columns: Sequence[str] = (), size: int = 12) -> Picture:
     """Write names to the left of evenly spaced rows and below evenly spaced columns, in black on white."""
     high, wide, c = picture.shape
-    font = ImageFont.load_default(size)
+    font, rows = ImageFont.load_default(size), [shortened(name) for name in rows]
     left = max((int(np.ceil(font.getlength(name))) for name in rows), default=-6) + 6
     below = size + 6 if columns else 0
     page = Image.new("L" if c == 1 else "RGB", (left + wide, high + below), "white")
@@ -83,6 +84,12 @@ def annotate(picture: Picture, rows: Sequence[str] = (), columns: Sequence[str] 
     for index, name in enumerate(columns):
         draw.text((left + (index + 0.5) * wide / len(columns), high + below / 2), name, "black", font, anchor="mm")
     return np.asarray(page).reshape(high + below, left + wide, c)
+
+
+def shortened(name: str) -> str:
+    """A name, of a class for instance, on one line and not too long for a picture."""
+    line = " ".join(name.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
 def save_png(picture: Picture, path: str | Path) -> None:

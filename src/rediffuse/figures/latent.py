@@ -11,16 +11,18 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from rediffuse.figures.render import render
+from rediffuse.figures.render import plain, render
 
 Floats = NDArray[np.floating]
+
+MOST = 40  # classes in the legend
 
 
 def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: Sequence[str] = ()) -> NDArray[np.uint8]:
     """A scatter of posterior means, coloured by class, as a picture (900, 900, 3) or, with a legend, (900, 1100, 3).
 
     means: (N, latent_dim).  Two dimensions are drawn as they are; of more, the first two principal components, with their
-    share of the variance; a single one against the class.
+    share of the variance; a single one against the class.  More than MOST classes are not named.
     """
     import matplotlib
     import matplotlib.style
@@ -28,14 +30,15 @@ def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: 
 
     points, axes = _plane(means, labels)
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
-        figure = Figure(figsize=(11 if labels is not None else 9, 9), dpi=100, layout="constrained")
+        named = labels is not None and len(classes) <= MOST
+        figure = Figure(figsize=(11 if named else 9, 9), dpi=100, layout="constrained")
         axis = figure.add_subplot(xlabel=axes[0], ylabel=axes[1], title="Posterior means of the VAE")
         colours = matplotlib.colormaps["tab10"] if len(classes) <= 10 else matplotlib.colormaps["turbo"].resampled(len(classes))
         # In the order of the data, not class by class, so that the last class does not cover the others.
         axis.scatter(points[:, 0], points[:, 1], s=6, c=None if labels is None else colours(labels), alpha=0.6, linewidths=0)
-        if labels is not None:
+        if named:
             for index, name in enumerate(classes):
-                axis.scatter([], [], color=colours(index), label=name)
+                axis.scatter([], [], color=colours(index), label=plain(name))
             figure.legend(loc="outside right center")
         return render(figure)
 

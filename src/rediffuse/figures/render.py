@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rediffuse.figures.grid import shortened
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def plain(name: str) -> str:
+    """A name, of a class for instance, as matplotlib writes it: no mathematics between dollars, on one line, and not too long."""
+    return shortened(name).replace("$", r"\$")
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from rediffuse.figures.render import render
+from rediffuse.figures.render import plain, render
 
 Record = Mapping[str, Any]
 
@@ -33,6 +33,8 @@ BY = {"label": "by the class that was asked for", "predicted": "by the class tha
 SHARES = ("precision", "recall", "density", "coverage")
 DECADES = 1e7  # of a log axis, at most
 DOTS = 100  # an inch
+MOST = 50  # classes that are shown one by one
+NOTHING = "no distance was measured (reference.instruments is empty)"
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ def score_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     record, reference: as in metrics/evaluation/{model}.json and reference.json.  Left: the Fréchet distance on a log axis, between those of
     real images and of useless generators, with the bias that a perfect generator would show.  Then precision, recall, density and coverage
     with the values of real training images, and the inception score where there is one.  Error bars reach from the smallest to the largest
-    of the independent sample sets.
+    of the independent sample sets.  Without instruments the picture says so.
     """
     model, names = record["model"], list(record["instruments"])
+    if not names:
+        return _saying(f"{model}: {NOTHING}")
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
         figure = Figure(figsize=(15, 0.9 + 3.4 * len(names)), dpi=DOTS, layout="constrained")
         figure.suptitle(_title(record), fontsize=13)
@@ -73,28 +77,45 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     """The Fréchet distance of each class, as a picture with a panel for each instrument: (height, 800 or more, 3).
 
     On a log axis a bar from zero cannot be drawn: bars begin at the distance that real training images of the class have, so that their
-    length is the ratio to it.  Classes with too few images for a distance are named in grey.  Without classes the picture says so.
+    length is the ratio to it.  Classes with too few images for a distance are named in grey.  Of more than MOST classes those with the
+    largest distances are shown.  Without classes the picture says so.
     """
     parts = {name: part for name, part in record["instruments"].items() if part.get("classes")}
-    classes = list(dict.fromkeys(name for part in parts.values() for name in _by_class(part)))
+    every = list(dict.fromkeys(name for part in parts.values() for name in _by_class(part)))
+    if not every:
+        return _saying(f"{record['model']}: {'the images have no classes' if record['instruments'] else NOTHING}")
+    measured = {name for part in parts.values() for name in _measured(_by_class(part))}
+    if len(every) > MOST and not measured:
+        return _saying(f"{record['model']}: too few images of each of the {len(every):,} classes for a distance")
+    classes = every if len(every) <= MOST else _furthest(every, _measured(_by_class(next(iter(parts.values())))))
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(max(8, 2.5 + 5.5 * len(parts)), 1.8 + 0.32 * max(3, len(classes))), dpi=DOTS, layout="constrained")
-        if not classes:
-            figure.text(0.5, 0.5, f"{record['model']}: the images have no classes", ha="center", va="center", fontsize=13, color=GREY)
-            return render(figure)
         by = dict.fromkeys(part["classes"]["by"] for part in parts.values())
-        figure.suptitle(f"{record['model']}: Fréchet distance {' or '.join(BY[how] for how in by)}", fontsize=13)
+        shown = "" if classes == every else f"\nthe {len(classes)} furthest of {len(every):,} classes"
+        figure.suptitle(f"{record['model']}: Fréchet distance {' or '.join(BY[how] for how in by)}{shown}", fontsize=13)
         axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
         for axis, (name, part) in zip(axes, parts.items(), strict=True):
             floor = reference["instruments"].get(name, {}).get("classes", {}).get(part["classes"]["by"], {})
             _class_panel(axis, classes, _by_class(part), floor)
             axis.set(title=name, xlabel=f"{_distance(part)} (log axis)")
-        measured = {name for part in parts.values() for name in _measured(_by_class(part))}
         for tick, name in zip(axes[0].get_yticklabels(), classes, strict=True):
             tick.set_color("black" if name in measured else GREY)
         marks = [_mark(MODEL, record["model"]), _mark(REAL, "real train")]
         figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
         return render(figure)
+
+
+def _saying(text: str) -> NDArray[np.uint8]:
+    """A small picture of nothing but a sentence."""
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(8, 1.8 + 0.32 * 3), dpi=DOTS, layout="constrained")
+        figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=13, color=GREY)
+        return render(figure)
+
+
+def _furthest(classes: Sequence[str], distances: Mapping[str, Spread]) -> list[str]:
+    """Of many classes, MOST: those with the largest distances (of the first instrument) first, those without any last."""
+    return sorted(classes, key=lambda name: distances[name].mean if name in distances else -math.inf, reverse=True)[:MOST]
 
 
 def _title(record: Record) -> str:
@@ -214,7 +235,7 @@ def _beside(axis: Axes, place: float, x: float, text: str, colour: str) -> None:
 
 
 def _name_rows(axis: Axes, names: Sequence[str]) -> None:
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), [plain(name) for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#dddddd", linewidth=0.8)

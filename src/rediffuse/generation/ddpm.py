@@ -5,32 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rediffuse.data.pixels import from_signed
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.samplers import SAMPLERS, SPACINGS, Observe
+from rediffuse.generation.space import Pixels, Space
 from rediffuse.params import SampleDDPM
-from rediffuse.shards import DrawShard
+from rediffuse.shards import DrawShard, asked_labels
 from rediffuse.training.hardware import Precision, autocast, device
 
 
 def ddpm_shards(
-    denoiser: Denoiser, settings: SampleDDPM, precision: Precision, *, label: int | None = None, observe: Observe | None = None
+    denoiser: Denoiser,
+    settings: SampleDDPM,
+    precision: Precision,
+    *,
+    space: Space | None = None,
+    label: int | None = None,
+    observe: Observe | None = None,
 ) -> DrawShard:
     """What draws a shard from the denoiser, which is on `device()`.
+
+    space: what its x_0 are; None: pixels.
 
     label: of all images; None: 0, 1, 2, ... in turn.  It changes no noise.  A model without labels takes None only.
     observe: sees each step of the sampler.
     """
     denoise = denoiser.denoise(guidance_scale=settings.guidance_scale)
+    decode = (space or Pixels(denoiser.shape)).decode
     times = SPACINGS[settings.spacing](denoiser.schedule, settings.steps)
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         def noise() -> Tensor:
             return torch.randn(len(indices), *denoiser.shape, generator=generator).to(device())
 
-        labels = None
-        if denoiser.classes:
-            labels = (indices % denoiser.classes if label is None else torch.full_like(indices, label)).to(device())
+        labels = asked_labels(indices.to(device()), denoiser.classes, label)
         with autocast(device(), precision):
             x_0 = SAMPLERS[settings.sampler](
                 denoise,
@@ -42,6 +49,6 @@ def ddpm_shards(
                 noise=noise,
                 observe=observe,
             )
-        return from_signed(x_0)
+            return decode(x_0)
 
     return draw_shard

@@ -13,6 +13,7 @@ from rediffuse.params import Params, SampleDDPM, SampleVAE
 Kind = Literal["vae", "ddpm"]
 KINDS: tuple[Kind, ...] = ("vae", "ddpm")
 SAMPLING = "sampling.json"  # beside model.safetensors and config.json, where a model is packed with its settings
+SHOWN = 30  # classes named in a message, at most
 
 
 def sampling_settings(params: Params, kind: Kind) -> dict[str, Any]:
@@ -60,3 +61,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it must hold the arguments of a model")
     return config
+
+
+def label_of(text: str, kind: Kind, class_names: Sequence[str]) -> int:
+    """The label of a class, by its name, whatever its case, or its index.  Raises UserError if the model knows no such class."""
+    if not class_names:
+        raise UserError(f"this {kind} was trained without labels, so it draws no class {text!r}: leave the label out")
+    wanted, names = text.strip(), [name.strip() for name in class_names]
+    if wanted in names:  # before its case is passed over: there may be a cat and a Cat
+        return names.index(wanted)
+    folded = [name.casefold() for name in names]
+    if wanted.casefold() in folded:
+        return folded.index(wanted.casefold())
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    raise UserError(f"label {text!r} is no class of this model; known are, by index or name: {known_classes(names)}")
+
+
+def known_classes(names: Sequence[str]) -> str:
+    """The first SHOWN by index and name, and how many more there are."""
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:SHOWN]))
+    return known + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")

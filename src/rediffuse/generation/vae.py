@@ -18,19 +18,22 @@ from rediffuse.data.pixels import from_unit
 from rediffuse.errors import UserError
 from rediffuse.files import replace_file
 from rediffuse.params import SampleVAE
-from rediffuse.shards import DrawShard
+from rediffuse.shards import DrawShard, asked_labels
 from rediffuse.training.hardware import Precision, autocast, device
 from rediffuse.vae.model import VAE
 from rediffuse.vae.prior import Prior, mixture, standard_normal
 
 
-def vae_shards(vae: VAE, prior: Prior, precision: Precision) -> DrawShard:
-    """What draws a shard from the VAE, which is on `device()`."""
+def vae_shards(vae: VAE, prior: Prior, precision: Precision, *, label: int | None = None) -> DrawShard:
+    """What draws a shard from the VAE, which is on `device()`.
+
+    label: of all images; None: 0, 1, 2, ... in turn.  It changes no latent.  A model without labels takes None only.
+    """
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         z = prior(len(indices), generator).to(device())
         with autocast(device(), precision):
-            return from_unit(vae.decode(z))
+            return from_unit(vae.decode(z, asked_labels(indices.to(device()), vae.classes, label)))
 
     return draw_shard
 
@@ -55,7 +58,8 @@ def load_prior(vae: VAE, settings: SampleVAE, path: Path, model: Path) -> Prior:
         raise UserError(f"{path}, the mixture prior of the VAE, is missing: {remedy}") from None
     except SafetensorError as error:
         raise UserError(f"{path}, the mixture prior of the VAE, is damaged ({error}): {remedy}") from None
-    if about.get("model") != _digest(model) or len(fitted["weights"]) != settings.components:
+    asked = int(fitted.get("asked", len(fitted["weights"])))  # there are fewer where there were fewer training images
+    if about.get("model") != _digest(model) or asked != settings.components:
         raise UserError(f"{path}, the mixture prior, is not of the VAE in {model} and {settings.components} components: {remedy}")
     return mixture(fitted)
 

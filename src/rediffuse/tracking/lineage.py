@@ -6,7 +6,7 @@ complete only when the last stage has ended.  So rows are completed from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dvc.stage import Stage
 
 
+PREPARED = "data/prepared"
 RECIPE = ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock")
 
 
@@ -98,15 +99,25 @@ def lineage_of_commit(root: Path, commit: str, folder: Path) -> Iterator[Lineage
         )
 
 
-def locked_hashes(folder: Path) -> dict[str, str]:
-    """DVC's hash of every output that dvc.lock in the folder names; nothing where there is none."""
+def locked_stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """What dvc.lock in the folder says of every stage; nothing where there is none."""
     import yaml
 
     path = folder / "dvc.lock"
     if not path.is_file():
         return {}
     lock = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    return {out["path"]: str(out.get("md5", "")) for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])}
+    return dict(lock.get("stages", {}))
+
+
+def hashes_of(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """{path: DVC's hash} of the `deps` or `outs` of a stage in dvc.lock."""
+    return {entry["path"]: str(entry.get("md5", "")) for entry in entries}
+
+
+def locked_hashes(folder: Path) -> dict[str, str]:
+    """DVC's hash of every output that dvc.lock in the folder names; nothing where there is none."""
+    return hashes_of(out for stage in locked_stages(folder).values() for out in stage.get("outs", []))
 
 
 def _up_to_date(repo: Repo, running: str | None, *, committed: bool) -> list[Stage]:

@@ -19,7 +19,7 @@ from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
 from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, experiments, git, identify, identify_experiment
-from rediffuse.tracking.lineage import RECIPE, Lineage, lineage_of_checkout, lineage_of_commit, locked_hashes
+from rediffuse.tracking.lineage import PREPARED, RECIPE, Lineage, lineage_of_checkout, lineage_of_commit, locked_hashes
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri
 from rediffuse.tracking.writer import RowWriter
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Row
 
-PREPARED = "data/prepared"
 FINAL = "rediffuse.final"  # the tag of a row that has the final dvc.lock
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.entities import Run as Row
 
-PARAM_LENGTH, TAG_LENGTH = 6000, 8000  # MLflow's limits
+PARAM_LENGTH, TAG_LENGTH, PROFILE_LENGTH = 6000, 8000, 16_000_000  # MLflow's limits
 BATCH = 500  # points kept back at most; MLflow takes 1000 at once
 FLUSH_SECONDS = 10.0  # points are kept back no longer, so that a curve can be watched while it grows
 FILES = "recipe/files.json"  # {artifact: SHA-256} of what has been uploaded
@@ -145,7 +145,10 @@ class RowWriter:
 
         if any(entry.dataset.digest == digest for entry in self.row.inputs.dataset_inputs):
             return
-        dataset = Dataset(name, digest, "dvc", json.dumps(source), profile=json.dumps(manifest, sort_keys=True))
+        profile = json.dumps(manifest, sort_keys=True)
+        if len(profile) > PROFILE_LENGTH:  # of very many classes; what there is of each split is in the data themselves
+            profile = json.dumps({key: value for key, value in manifest.items() if key not in ("classes", "splits")}, sort_keys=True)
+        dataset = Dataset(name, digest, "dvc", json.dumps(source), profile=profile)
         self.writes += 1
         self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         self.row = self.client.get_run(self.id)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from rediffuse.errors import UserError
+
+if TYPE_CHECKING:
+    from rediffuse.data.images import ImageSet
 
 Precision = Literal["auto", "float32"]
 Compile = Literal["auto", "always", "never"]
@@ -54,6 +61,26 @@ def compile_parts(model: nn.Module, on: torch.device, wanted: Compile) -> None:
         torch.use_deterministic_algorithms(True)  # sets the compiler's own switch as well, and imports it, as must be here
         for part in model.children():
             part.compile(dynamic=False)
+
+
+def on_device(images: ImageSet) -> tuple[Tensor, Tensor | None]:
+    """Images, uint8 (N, C, H, W), and labels, int64 (N,), if there are any, as `to_device`."""
+    return to_device(images.images, device()), None if images.labels is None else to_device(images.labels, device())
+
+
+def to_device(array: NDArray[Any], on: torch.device) -> Tensor:
+    """The array on the device, not to be written to; on the CPU without a copy, so that what is memory-mapped need not fit into memory.
+
+    Raises UserError for one that a GPU has no room for.
+    """
+    if on.type == "cuda" and array.nbytes > (free := torch.cuda.mem_get_info(on)[0]):
+        raise UserError(
+            f"the images of one split take {array.nbytes / 1e9:,.1f} GB, and the GPU has {free / 1e9:,.1f} GB free: lower data.size, take"
+            " fewer images, or a GPU with more memory (params.yaml)"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write to it
+        return torch.from_numpy(array).to(on)
 
 
 def upload(tensor: Tensor, on: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 Every bound here is a negative log-likelihood: lower is better.  Pixels x are in [0, 1].  A Bernoulli likelihood takes grey
 values for probabilities, so its nats are comparable among Bernoulli models on the same images, and with nothing else.
+Given labels y, int64 (B,), those of a conditional VAE bound -log p(x|y); -log p(y) more, and they bound -log p(x) too.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class ELBO(NamedTuple):
         return self.reconstruction + self.kl.sum(1)
 
 
-def elbo(vae: VAE, x: Tensor, eps: Tensor) -> ELBO:
+def elbo(vae: VAE, x: Tensor, eps: Tensor, labels: Tensor | None = None) -> ELBO:
     """The negative ELBO of x with one sample of q(z|x) (Kingma & Welling 2014, eq. 10).  eps: (B, latent_dim), standard normal."""
-    mean, log_variance = vae.encode(x)
+    mean, log_variance = vae.encode(x, labels)
     z = reparameterise(mean, log_variance, eps)
-    return ELBO(negative_log_likelihood(vae, x, z), kl_divergence(mean, log_variance))
+    return ELBO(negative_log_likelihood(vae, x, z, labels), kl_divergence(mean, log_variance))
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-def negative_log_likelihood(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
+def negative_log_likelihood(vae: VAE, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
     """-log p(x|z) in nats, summed over pixels, (B,)."""
-    logits = vae.decode_logits(z)
+    logits = vae.decode_logits(z, labels)
     if vae.likelihood == "bernoulli":
         return binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
     sigma = vae.sigma()
@@ -80,17 +81,19 @@ def bits_per_dim(vae: VAE, nats: float) -> float:
 
 def active_units(means: Tensor) -> int:
     """Latent dimensions whose posterior mean varies over the data: variance above 0.01 (Burda et al. 2016).  means: (N, latent_dim)."""
+    if len(means) == 1:  # nothing varies
+        return 0
     return int((means.var(0) > ACTIVE_UNIT_VARIANCE).sum())
 
 
-def importance_weighted_bound(vae: VAE, x: Tensor, *, k: int, generator: torch.Generator) -> Tensor:
+def importance_weighted_bound(vae: VAE, x: Tensor, labels: Tensor | None = None, *, k: int, generator: torch.Generator) -> Tensor:
     """-log p(x) bounded with k samples of q(z|x) (Burda et al. 2016, eq. 8), in nats, (B,); tighter than the ELBO."""
-    mean, log_variance = vae.encode(x)
+    mean, log_variance = vae.encode(x, labels)
     log_weights = []
     for _ in range(k):
         eps = torch.randn(mean.shape, generator=generator).to(mean.device)
         z = reparameterise(mean, log_variance, eps)
         log_prior = -0.5 * z.square().sum(1)
         log_posterior = -0.5 * (eps.square() + log_variance).sum(1)  # the factors (2 pi)^(-d/2) of both cancel
-        log_weights.append(log_prior - log_posterior - negative_log_likelihood(vae, x, z))
+        log_weights.append(log_prior - log_posterior - negative_log_likelihood(vae, x, z, labels))
     return math.log(k) - torch.stack(log_weights).logsumexp(0)

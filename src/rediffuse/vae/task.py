@@ -14,14 +14,18 @@ from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for
 from rediffuse.training.distributed import dealt, mean_of_processes, total
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
-from rediffuse.vae.prior import CHUNK, posterior_means
+from rediffuse.vae.prior import CHUNK, in_chunks, posterior_means
+
+Split = tuple[Tensor, Tensor | None]  # images and their labels, if there are any
 
 IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # of the importance-weighted bound: K, and the images it is taken on
 
 
-def vae_config(params: VAEParams, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The arguments of the VAE for images (C, H, W)."""
-    return {"shape": list(shape)} | params.model_dump(include={"latent_dim", "channels", "hidden", "likelihood"})
+def vae_config(params: VAEParams, shape: tuple[int, int, int], class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of the VAE for images (C, H, W) with these classes; an unconditional one knows none."""
+    names = {"class_names": list(class_names)} if params.conditional and class_names else {}
+    architecture = {"latent_dim", "latent_channels", "channels", "hidden", "likelihood"}
+    return {"shape": list(shape)} | params.model_dump(include=architecture) | names
 
 
 class VAEStep:
@@ -36,7 +40,7 @@ class VAEStep:
     def __call__(
         self, model: VAE, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = elbo(model, to_unit(images), noise["eps"].to(images.device))
+        terms = elbo(model, to_unit(images), noise["eps"].to(images.device), labels)
         weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
         # Without free bits there is nothing to agree on: a KL is below 0 by rounding at most.
         mean_of_all = mean_of_processes if self.params.free_bits else lambda kl: kl
@@ -47,7 +51,7 @@ class VAEStep:
 
 
 @torch.no_grad()
-def measure(vae: VAE, images: Tensor, *, seed: int) -> dict[str, float]:
+def measure(vae: VAE, images: Tensor, labels: Tensor | None = None, *, seed: int) -> dict[str, float]:
     """Negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the same noise at each call.
 
     images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.  Shared among the processes, all of which
@@ -55,33 +59,38 @@ def measure(vae: VAE, images: Tensor, *, seed: int) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(seed)
     reconstruction, kl = torch.zeros(len(images), device=images.device), torch.zeros(len(images), vae.latent_dim, device=images.device)
-    chunks = torch.split(images, CHUNK)
-    for i, x in enumerate(chunks):
+    chunks = in_chunks(images, labels)
+    for i, (x, y) in enumerate(chunks):
         eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
         if i in dealt(len(chunks)):
             rows = slice(i * CHUNK, i * CHUNK + len(x))
-            reconstruction[rows], kl[rows] = elbo(vae, to_unit(x), eps)
+            reconstruction[rows], kl[rows] = elbo(vae, to_unit(x), eps, y)
     nats = total(reconstruction).double().mean().item(), total(kl).double().sum(1).mean().item()
     return {"elbo": sum(nats), "reconstruction": nats[0], "kl": nats[1]}
 
 
 @torch.no_grad()
-def final_measures(vae: VAE, train: Tensor, test: Tensor, *, seed: int) -> dict[str, Any]:
-    """What metrics/train_vae.json holds.  train, test: uint8 images; train is measured on as many as there are in test.
+def final_measures(vae: VAE, train: Split, test: Split, *, seed: int) -> dict[str, Any]:
+    """What metrics/train_vae.json holds.  train, test: uint8 images and labels; train is measured on as many as there are in test.
 
     Partly shared among the processes, so that all of them must call it.
     """
     generator = torch.Generator().manual_seed(seed)
-    subset = to_unit(test[:IWAE_IMAGES])
-    bounds = [importance_weighted_bound(vae, x, k=IWAE_SAMPLES, generator=generator) for x in torch.split(subset, CHUNK)]
-    on_test = measure(vae, test, seed=seed)
+    subset = in_chunks(*_first(test, IWAE_IMAGES))
+    bounds = [importance_weighted_bound(vae, to_unit(x), y, k=IWAE_SAMPLES, generator=generator) for x, y in subset]
+    on_test, on_train = measure(vae, *test, seed=seed), measure(vae, *_first(train, len(test[0])), seed=seed)
     report: dict[str, Any] = {
         "test": on_test | {"bits_per_dim": bits_per_dim(vae, on_test["elbo"])},
-        "train": {"elbo": measure(vae, train[: len(test)], seed=seed)["elbo"]},
+        "train": {"elbo": on_train["elbo"]},
         f"iwae_{IWAE_SAMPLES}": torch.cat(bounds).double().mean().item(),
-        "active_units": active_units(posterior_means(vae, test)),
+        "active_units": active_units(posterior_means(vae, *test)),
     }
     if vae.likelihood == "gaussian":
         report["sigma"] = vae.sigma().item()
     assert all(math.isfinite(value) for value in report["test"].values())
     return report
+
+
+def _first(split: Split, n: int) -> Split:
+    images, labels = split
+    return images[:n], None if labels is None else labels[:n]
