@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_checkout import SHAPE, T, make_checkout, save_vae, write_params
+from toy import dvc, git
 
 from rediffuse.commands.generate import generate
 from rediffuse.diffusion.denoiser import Denoiser
@@ -267,3 +269,25 @@ def test_images_with_three_channels_are_written_in_colour():
     image = np.arange(3 * 2 * 5, dtype=np.uint8).reshape(3, 2, 5)
     with Image.open(io.BytesIO(formats.encode_png(image))) as picture:
         assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), image.transpose(1, 2, 0))
+
+
+# Models of a revision
+
+
+@pytest.mark.slow
+def test_a_model_of_a_revision_is_drawn_from_with_its_own_settings(checkout):
+    root = checkout(sample__ddpm__steps=3)
+    (root / ".dvc").rmdir()
+    git(root, "init", "-q")
+    dvc(root, "init", "-q")
+    dvc(root, "add", "-q", "data/models/ddpm")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "three steps")
+    expected = images_of(seed=1)
+    write_params(root, {"sample.ddpm.steps": 5})
+    assert not np.array_equal(images_of(seed=1), expected)
+    (root / "data/models/ddpm/model.safetensors").unlink()
+    np.testing.assert_array_equal(images_of("HEAD:ddpm", seed=1), expected)
+    assert "git log" in message("nobody:ddpm")
+    shutil.rmtree(root / ".dvc/cache")
+    assert "dvc pull" in message("HEAD:ddpm")

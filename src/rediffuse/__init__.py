@@ -1,3 +1,21 @@
-"""rediffuse: a VAE and a DDPM as a reproducible pipeline."""
+"""rediffuse: a VAE and a DDPM as a reproducible pipeline.
+
+rediffuse.load("models:/rediffuse-ddpm@champion").generate(n=16, label="ankle boot", seed=1)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rediffuse.commands.uses import load as load
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, when it is asked for (PEP 562): it needs what no stage does."""
+    if name == "load":
+        return importlib.import_module("rediffuse.commands.uses").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -110,7 +111,9 @@ def sync(every: bool) -> None:
 
 @main.command()
 @click.argument("output")
-@click.option("--model", default="ddpm", show_default=True, help="ddpm or vae of the checkout, a folder, or models:/NAME@ALIAS.")
+@click.option(
+    "--model", default="ddpm", show_default=True, help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS."
+)
 @click.option("--label", metavar="CLASS", help="Name or index of the class; without it the classes take turns.")
 @click.option("-n", "--number", "n", type=int, default=16, show_default=True, help="How many images.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Image i of a seed and a class is always the same.")
@@ -129,6 +132,131 @@ def generate(
     from rediffuse.commands.generate import generate as draw
 
     click.echo(draw(model, output, n=n, seed=seed, label=label, sampler=sampler, steps=steps, guidance_scale=guidance_scale))
+
+
+def _uses_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all commands with a model share."""
+    options = [
+        click.option(
+            "--model",
+            default="ddpm",
+            show_default=True,
+            help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS.",
+        ),
+        click.option(
+            "--label",
+            metavar="CLASS",
+            help="Name or index of the class the images are of; without it: no class, which a VAE with labels refuses.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+STEPS = click.option("--steps", type=int, help="Of the DDPM, in which images become noise and noise images; at most its T.  [default: 100]")
+
+
+@main.command()
+@click.argument("output")
+@click.argument("images", nargs=-1, required=True)
+@_uses_a_model
+@STEPS
+def reconstruct(output: str, images: tuple[str, ...], model: str, label: str | None, steps: int | None) -> None:
+    """Code IMAGES and decode them again: a VAE by its latents, a DDPM by inverting DDIM.  OUTPUT.png shows both.
+
+    \b
+    Example:
+      rediffuse reconstruct out.png --model vae boot.png shirt.jpg
+    """
+    from rediffuse.commands.uses import reconstruct as command
+
+    click.echo(command(output, images, model=model, label=label, steps=steps))
+
+
+@main.command()
+@click.argument("output")
+@click.argument("a")
+@click.argument("b")
+@click.option("-n", "--number", "n", type=int, default=10, show_default=True, help="How many images, A and B included.")
+@_uses_a_model
+@STEPS
+def interpolate(output: str, a: str, b: str, n: int, model: str, label: str | None, steps: int | None) -> None:
+    """Go from A to B, each an image or a seed: through the latents of a VAE, or the noise that a DDPM draws images from.
+
+    \b
+    Examples:
+      rediffuse interpolate out.png boot.png shirt.jpg
+      rediffuse interpolate out.png 1 2 --model vae
+    """
+    from rediffuse.commands.uses import interpolate as command
+
+    click.echo(command(output, (a, b), n=n, model=model, label=label, steps=steps))
+
+
+@main.command()
+@click.argument("output")
+@click.argument("image")
+@click.argument("mask")
+@click.option("-n", "--number", "n", type=int, default=8, show_default=True, help="How many ways to fill it in.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Way i of a seed is always the same.")
+@click.option("--rounds", type=int, default=10, show_default=True, help="How often each step is gone: more fit better to what is known.")
+@_uses_a_model
+@STEPS
+def inpaint(output: str, image: str, mask: str, n: int, seed: int, rounds: int, model: str, label: str | None, steps: int | None) -> None:
+    """Fill in IMAGE where MASK, an image too, is bright; what is dark stays as it is.  (RePaint, with a DDPM.)
+
+    \b
+    Example:
+      rediffuse inpaint out.png boot.png mask.png --label "ankle boot"
+    """
+    from rediffuse.commands.uses import inpaint as command
+
+    click.echo(command(output, image, mask, n=n, seed=seed, model=model, label=label, steps=steps, rounds=rounds))
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the noise.")
+@click.option(
+    "--evaluations", type=int, help="Of the network for each image: times of a DDPM [default: all], samples of a VAE [default: 1]."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_uses_a_model
+def nll(images: tuple[str, ...], seed: int, evaluations: int | None, as_json: bool, model: str, label: str | None) -> None:
+    """How improbable IMAGES are to the model: an upper bound of -log p(x) in bits per dimension (ELBO); lower is more probable.
+
+    \b
+    Example:
+      rediffuse nll --evaluations 50 boot.png shirt.jpg
+    """
+    from rediffuse.commands.uses import nll as command
+
+    click.echo(command(images, model=model, label=label, seed=seed, evaluations=evaluations, as_json=as_json))
+
+
+@main.command()
+@click.argument("output")
+@click.option("--model", type=click.Choice(["ddpm", "vae"]), default="ddpm", show_default=True, help="Of the checkout.")
+@click.option("--format", "form", type=click.Choice(["folder", "onnx", "diffusers"]), default="folder", show_default=True)
+@click.option("--label", metavar="CLASS", help="Of --format diffusers: name or index of the class it draws; without it: no class.")
+def export(output: str, model: str, form: str, label: str | None) -> None:
+    """Write a model for others, as a new folder OUTPUT with a model card, README.md.
+
+    \b
+      folder     weights, settings of sampling: for rediffuse.load and the other commands
+      onnx       the network of a DDPM, the decoder of a VAE, for any batch: for onnxruntime
+      diffusers  a DDPM of pixels: for diffusers.DDPMPipeline, which then needs no rediffuse
+
+    \b
+    Examples:
+      rediffuse export my-model && rediffuse generate --model my-model out.png
+      rediffuse export my-decoder --model vae --format onnx
+      rediffuse export my-boots --format diffusers --label "ankle boot"
+    """
+    from rediffuse.commands.export import export as command
+
+    click.echo(command(output, model=model, form=form, label=label))
 
 
 @main.command()

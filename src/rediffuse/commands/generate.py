@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from rediffuse.errors import UserError
-from rediffuse.generation.settings import KINDS, SAMPLING, kind_of, packed_settings, sampling_settings
+from rediffuse.generation.settings import KINDS, SAMPLING, kind_of, pack_settings, packed_settings, sampling_settings
 from rediffuse.params import load_params
 from rediffuse.tracking.store import checkout_root
 
@@ -36,17 +38,18 @@ def generate(
 ) -> Path:
     """Draw n images and write them: OUTPUT.png as one grid, OUTPUT.npz as arrays, else a folder of PNGs.  Returns where they are.
 
-    model: vae or ddpm, of the checkout; a folder with a model; or an address of MLflow's, models:/NAME@ALIAS or models:/NAME/VERSION.
-    label: a class by name or index; None: the classes in turn.  sampler, steps, guidance_scale: of a DDPM; None: as the parameters
-    of the checkout say, or what the model in MLflow was registered with.
+    model: vae or ddpm, of the checkout; REVISION:vae or REVISION:ddpm, of a commit or an experiment; a folder with a model; or an address
+    of MLflow's, models:/NAME@ALIAS or models:/NAME/VERSION.  label: a class by name or index; None: the classes in turn.
+    sampler, steps, guidance_scale: of a DDPM; None: as the parameters of the checkout or revision say, or what the model in MLflow was
+    registered with.
     Raises UserError for what does not exist or does not fit, before anything is drawn.
     """
-    target = _checked_target(output)
+    target = checked_target(output)
     overrides = {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
     with image_model(model, {name: value for name, value in overrides.items() if value is not None}) as images_of:
         number = None if label is None else images_of.label(label)
         images, labels = images_of.draw(n, seed=seed, label=number)
-    _write(target, images, labels)
+    write_images(target, images, labels)
     return target
 
 
@@ -63,6 +66,9 @@ def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]
             prior = _checkout() / "data" / "samples" / "vae" / PRIOR
         elif name.startswith("models:"):
             folder = _download(name, Path(temporary)) / "artifacts"
+        elif name.endswith(tuple(f":{kind}" for kind in KINDS)):
+            folder = _of_revision(name, Path(temporary))
+            prior = folder / PRIOR
         else:
             folder = _model_folder(Path(name))
         settings = packed_settings(folder) if (folder / SAMPLING).is_file() else _settings_of_checkout(folder)
@@ -76,11 +82,36 @@ def _checkout() -> Path:
         raise UserError(f"{error}; change into the checkout of rediffuse, or give --model an address of MLflow's") from None
 
 
+def _of_revision(name: str, folder: Path) -> Path:
+    """The model of a commit or an experiment, from DVC's cache or remote, with the settings of its params.yaml."""
+    from dvc.api import DVCFileSystem  # takes a second to import
+
+    from rediffuse.commands.records import commit_called, split_name
+    from rediffuse.generation.formats import PRIOR
+
+    revision, kind = split_name(name)
+    commit, root = commit_called(revision), _checkout()
+    try:
+        files = DVCFileSystem(str(root), rev=commit)
+        params = yaml.safe_load(files.read_text("params.yaml"))
+        settings = {"precision": params["precision"], **params["sample"][kind]}
+        files.get(f"data/models/{kind}", str(folder / "model"), recursive=True)
+        if settings.get("prior") == "mixture":
+            files.get(f"data/samples/vae/{PRIOR}", str(folder / "model" / PRIOR))
+    except Exception as error:  # DVC raises what its caches and remotes raise
+        raise UserError(
+            f"--model {name} cannot be had ({' '.join(str(error).split())[:300]}): fetch it with `dvc pull`, or make it again with"
+            " `dvc repro` in that revision"
+        ) from None
+    (folder / "model" / SAMPLING).write_bytes(pack_settings(kind_of(folder / "model"), settings, ()))
+    return folder / "model"
+
+
 def _model_folder(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(
-            f"--model {path} is no folder; give vae or ddpm for a model of the checkout, a folder with model.safetensors and config.json,"
-            " or an address of MLflow's such as models:/rediffuse-ddpm@champion"
+            f"--model {path} is no folder; give vae or ddpm for a model of the checkout, HEAD:ddpm or EXPERIMENT:ddpm, a folder with"
+            " model.safetensors and config.json, or an address of MLflow's such as models:/rediffuse-ddpm@champion"
         )
     return path / "artifacts" if (path / "MLmodel").is_file() else path
 
@@ -119,7 +150,7 @@ def _download(address: str, folder: Path) -> Path:
         ) from None
 
 
-def _checked_target(output: str) -> Path:
+def checked_target(output: str) -> Path:
     """Where the images go.  Raises UserError for an ending that names another form, and for a folder that holds something."""
     target = Path(output)
     suffix = target.suffix.lower()
@@ -136,13 +167,13 @@ def _checked_target(output: str) -> Path:
     return target
 
 
-def _write(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, *, columns: int = COLUMNS) -> None:
     """Write the images wholly or not at all."""
     from rediffuse.figures.grid import grid, save_png
     from rediffuse.generation.formats import encode_png, save_npz
 
     if target.suffix.lower() == ".png":
-        save_png(grid(images, min(len(images), COLUMNS), scale=2), target)
+        save_png(grid(images, min(len(images), columns), scale=2), target)
         return
     if target.suffix.lower() == ".npz":
         save_npz(target, {"images": images} if labels is None else {"images": images, "labels": labels})

@@ -65,6 +65,17 @@ def find_source(text: str) -> Source:
     )
 
 
+def commit_called(name: str) -> str:
+    """The commit that git or DVC knows by this name, a revision or an experiment.  Raises UserError if neither does."""
+    tried = []
+    for look in (_commit_in_git, lambda name: _experiment(name)[1]):
+        try:
+            return look(name)
+        except _UnknownNameError as unknown:
+            tried.append(str(unknown))
+    raise UserError(f"no revision and no experiment is called {name!r} ({'; '.join(tried)}): look it up with `git log` or `dvc exp show`")
+
+
 def split_name(text: str) -> tuple[str, str | None]:
     """("HEAD", "ddpm") of "HEAD:ddpm"; a suffix that is no model belongs to the name."""
     name, colon, model = text.rpartition(":")
@@ -156,13 +167,25 @@ def _git(*arguments: str) -> bytes:
         raise _UnknownNameError(f"git: it cannot be run ({error})") from None
 
 
+def _commit_in_git(name: str) -> str:
+    return _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+
+
 def _in_git(name: str) -> tuple[str, dict[str, bytes]]:
-    commit = _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+    commit = _commit_in_git(name)
     return f"git revision {commit[:7]}", _committed(commit, name)
 
 
 def _in_experiments(name: str) -> tuple[str, dict[str, bytes]]:
-    """As DVC does, an experiment on the commit that is checked out is preferred to one of the same name on another."""
+    baseline, commit = _experiment(name)
+    return f"experiment {commit[:7]} on {baseline[:7]}", _committed(commit, name)
+
+
+def _experiment(name: str) -> tuple[str, str]:
+    """The commit that the experiment was made on, and its own.
+
+    As DVC does, an experiment on the commit that is checked out is preferred to one of the same name on another.
+    """
     baselines = _experiments().get(name, {})
     if not baselines:
         raise _UnknownNameError("DVC: no experiment of this name")
@@ -173,8 +196,7 @@ def _in_experiments(name: str) -> tuple[str, dict[str, bytes]]:
     if head not in baselines and len(baselines) > 1:
         listed = "".join(f"\n  refs/exps/{base[:2]}/{base[2:]}/{name}, which is {commit[:7]}" for base, commit in baselines.items())
         raise UserError(f"several experiments are called {name!r}; give the commit of the one that is meant:{listed}")
-    baseline, commit = (head, baselines[head]) if head in baselines else next(iter(baselines.items()))
-    return f"experiment {commit[:7]} on {baseline[:7]}", _committed(commit, name)
+    return (head, baselines[head]) if head in baselines else next(iter(baselines.items()))
 
 
 def _experiments() -> dict[str, dict[str, str]]:

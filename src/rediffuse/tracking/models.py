@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import rediffuse
 from rediffuse.errors import UserError
+from rediffuse.generation.card import CARD, COMMIT, ROW, USAGE, model_card
 from rediffuse.generation.formats import PRIOR
 from rediffuse.generation.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
 from rediffuse.params import load_params
-from rediffuse.tracking.lineage import locked_hashes
+from rediffuse.tracking.lineage import PREPARED, hashes_of, locked_hashes, locked_stages
 from rediffuse.tracking.store import connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ LIBRARIES = (
     "tqdm",
 )  # what serving imports
 SCRIPT = "served.py"
-NOT_SERVED = ("cli.py", "commands", "evaluation", "figures", "tracking", "__pycache__")  # of the package
+NOT_SERVED = ("cli.py", "commands", "evaluation", "export", "figures", "tracking", "__pycache__")  # of the package
 MODEL_VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's pages find the versions of a logged model
 
 
@@ -89,7 +90,11 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]
             folder = checkout / "data" / "models" / kind
             md5 = locked.get(f"data/models/{kind}")
             if md5 and folder.is_dir() and directory_md5(folder) == md5:
-                found[kind] = _register(client, row, kind, md5, _contents(kind, folder, sampling_settings(params, kind), checkout))
+                files = model_files(kind, folder, sampling_settings(params, kind), checkout)
+                tags = {COMMIT: "mlflow.source.git.commit", "repository": "mlflow.source.git.repoURL"}
+                origin = {name: row.data.tags[tag] for name, tag in tags.items() if row.data.tags.get(tag)} | {ROW: row.info.run_id}
+                files[CARD] = card_of(kind, folder, checkout, origin).encode()
+                found[kind] = _register(client, row, kind, md5, files)
     return found
 
 
@@ -104,14 +109,49 @@ def _md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def _contents(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
-    """The files that a model is packed as."""
+def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
+    """The files that a model is packed as, by their paths: those of its folder, how it is sampled, and a fitted prior."""
     names = [name.strip() for name in read_config(folder).get("class_names", [])]
-    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     files[SAMPLING] = pack_settings(kind, settings, names)
     if settings.get("prior") == "mixture":
         files[PRIOR] = (checkout / "data" / "samples" / "vae" / PRIOR).read_bytes()
     return files
+
+
+def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], usage: str = USAGE) -> str:
+    """The model card of a model of the checkout.  It claims what dvc.lock says of these very bytes, and of the rest that it is not known.
+
+    So neither parameters that were edited since, nor the scores of an earlier model, can get into it.
+    """
+    stages = locked_stages(checkout)
+    model, samples, report = f"data/models/{kind}", f"data/samples/{kind}", f"metrics/evaluation/{kind}.json"
+
+    def hashes(stage: str, what: str) -> dict[str, str]:
+        return hashes_of(stages.get(stage, {}).get(what, []))
+
+    def read(path: str, agrees: bool) -> Any:
+        return json.loads((checkout / path).read_bytes()) if agrees and (checkout / path).is_file() else None
+
+    def params_of(stage: str) -> dict[str, Any]:
+        return dict(stages[stage].get("params", {}).get("params.yaml", {}))
+
+    md5, prepared = directory_md5(folder), hashes("train_" + kind, "deps").get(PREPARED)
+    trained = hashes("train_" + kind, "outs").get(model) == md5
+    on_these_data = trained and prepared is not None and hashes("prepare", "outs").get(PREPARED) == prepared
+    drawn = hashes("sample@" + kind, "deps").get(model) == md5
+    seen = hashes("sample@" + kind, "outs").get(samples, "") == hashes("evaluate@" + kind, "deps").get(samples)
+    scores = (checkout / report).is_file() and hashes("evaluate@" + kind, "outs").get(report) == _md5((checkout / report).read_bytes())
+    return model_card(
+        kind,
+        config=read_config(folder),
+        settings=sampling_settings(load_params(checkout / "params.yaml"), kind),
+        manifest=read(f"{PREPARED}/manifest.json", on_these_data),
+        record=read(report, drawn and seen and scores),
+        parameters=(params_of("prepare") if on_these_data else {}) | params_of("train_" + kind) if trained else None,
+        origin={"DVC's hash of the model": md5} | origin,
+        usage=usage,
+    )
 
 
 def _register(client: MlflowClient, row: Row, kind: Kind, md5: str, files: dict[str, bytes]) -> str:
@@ -183,12 +223,13 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
         shutil.copyfile(Path(__file__).with_name(SCRIPT), script)
         artifacts.mkdir()
         for name, content in files.items():
+            (artifacts / name).parent.mkdir(exist_ok=True)
             (artifacts / name).write_bytes(content)
         mlflow.pyfunc.save_model(
             target,
             python_model=str(script),
             code_paths=[str(package)],
-            artifacts={name: str(artifacts / name) for name in files},
+            artifacts={path.name: str(path) for path in sorted(artifacts.iterdir())},
             signature=ModelSignature(inputs, outputs),
             input_example=pd.DataFrame([example]),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in LIBRARIES],

@@ -1,0 +1,83 @@
+"""A trained model of the checkout for others: a folder that is complete in itself, in our format, as ONNX, or for diffusers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rediffuse.commands.git import GitError, commit_of, file_at, git
+from rediffuse.errors import UserError
+from rediffuse.generation.card import CARD, COMMIT, USAGE
+from rediffuse.generation.formats import PRIOR
+from rediffuse.generation.settings import SAMPLING, Kind, kind_of, label_of, read_config, sampling_settings
+from rediffuse.params import load_params
+from rediffuse.tracking.identity import PASSWORD
+from rediffuse.tracking.models import card_of, directory_md5, model_files
+from rediffuse.tracking.store import checkout_root
+
+
+def export(output: str, *, model: str, form: str, label: str | None = None) -> Path:
+    """Write the model as a new folder, wholly or not at all, with a model card.  Returns where.
+
+    model: vae or ddpm.  form: folder, onnx or diffusers.  label: name or index of the class that diffusers is to draw; None: no class.
+    Raises UserError if there is no such model, there is something at OUTPUT, or the format is not for this model.
+    """
+    if label is not None and form != "diffusers":
+        raise UserError(f"--label is for --format diffusers, whose pipeline asks for no class, got --format {form}: leave it out")
+    try:
+        checkout = checkout_root()
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+    target, folder = Path(output).absolute(), checkout / "data" / "models" / model
+    if target.exists():
+        raise UserError(f"OUTPUT {output} is there already: give another name")
+    kind = kind_of(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as incoming:
+        ready = Path(incoming, "ready")
+        usage = _write(kind, folder, checkout, ready, form, label)
+        (ready / CARD).write_text(card_of(kind, folder, checkout, _origin(checkout, folder), usage))
+        ready.rename(target)
+    return Path(output)
+
+
+def _write(kind: Kind, folder: Path, checkout: Path, target: Path, form: str, label: str | None) -> str:
+    """Write the files of the format into a new folder.  Returns what the model card says of their use."""
+    config = read_config(folder)
+    if form == "diffusers":
+        from rediffuse.export.to_diffusers import diffusers_files, diffusers_usage
+
+        number = None if label is None else label_of(label, kind, config.get("class_names", []))
+        _write_files(target, diffusers_files(kind, folder, config, number))
+        return diffusers_usage(config, number)
+    try:
+        files = model_files(kind, folder, sampling_settings(load_params(checkout / "params.yaml"), kind), checkout)
+    except FileNotFoundError as error:
+        raise UserError(f"sample.vae.prior is mixture, but {error.filename} is missing: `dvc repro sample@vae` fits it") from None
+    if form == "folder":
+        _write_files(target, files)
+        return USAGE
+    from rediffuse.export.to_onnx import onnx_usage, write_onnx
+
+    _write_files(target, {name: files[name] for name in (SAMPLING, PRIOR) if name in files})
+    write_onnx(kind, folder, config, target)
+    return onnx_usage(kind, folder, config)
+
+
+def _write_files(target: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
+
+
+def _origin(checkout: Path, folder: Path) -> dict[str, str]:
+    """The commit that is checked out, and where it can be had, if its dvc.lock names the model."""
+    head = commit_of(checkout, "HEAD")
+    if head is None or directory_md5(folder) not in (file_at(checkout, head, "dvc.lock") or b"").decode():
+        return {}
+    try:
+        url = git(checkout, "config", "--get", "remote.origin.url")
+    except GitError:
+        url = ""
+    published = "://" in url and not url.startswith("file:")  # a path of this machine is of no use elsewhere
+    return {COMMIT: head} | ({"repository": PASSWORD.sub("//", url)} if published else {})

@@ -1,0 +1,61 @@
+"""The U-Net as a model of diffusers, with weights named as in a checkpoint of ours.
+
+Its file in an exported folder is the source of `UNet` and of what follows the imports here, so that the folder needs no rediffuse.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from rediffuse.diffusion.unet import UNet
+
+
+class RediffuseUNet(ModelMixin, ConfigMixin):
+    """Predicts what the scheduler's `prediction_type` says, from images in [-1, 1] and a time, for `DDPMPipeline` and `DDIMPipeline`.
+
+    sample_size: (H, W).  T: steps it was trained on.  classes: number of labels.  label: of images for which the call gives none; None:
+    no label.  The rest: as for `UNet`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: tuple[int, int],
+        in_channels: int,
+        T: int,
+        classes: int,
+        label: int | None,
+        fold: int,
+        width: int,
+        multipliers: tuple[int, ...],
+        blocks: int,
+        attention: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        height, breadth = sample_size
+        self.unet = UNet(
+            (in_channels, height, breadth),
+            classes=classes,
+            fold=fold,
+            width=width,
+            multipliers=multipliers,
+            blocks=blocks,
+            attention=attention,
+            dropout=dropout,
+        )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """timestep: 0 to T - 1, as diffusers counts what are the times 1 to T here; class_labels: int64 (B,)."""
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample)) + 1
+        if class_labels is None and self.config.label is not None:
+            class_labels = torch.full((len(sample),), self.config.label, device=sample.device)
+        output = self.unet(sample, t / self.config.T, class_labels)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
