@@ -66,6 +66,7 @@ def make_photographs(folder: Path, n: int) -> None:
 
 def turn_of(name: str, folder: Path, n: int) -> Turn:
     work = CONTENDERS[name]
+    work(folder)  # imports, and the files into the system's cache
 
     def turn() -> Result:
         begin = time.perf_counter()
@@ -97,7 +98,9 @@ def torchvisions(folder: Path) -> int:
     square = transforms.Lambda(_centre_square)
     resize = transforms.Resize(SIZE, interpolation=transforms.InterpolationMode.LANCZOS)
     images = ImageFolder(str(folder), transforms.Compose([square, resize, transforms.PILToTensor()]), loader=Image.open)
-    return len(torch.cat([batch for batch, _ in DataLoader(images, batch_size=64, num_workers=cores())]))
+    # Forked, as is the rule on Linux: a contender was spawned itself, and its workers would be, and import torch anew in each turn.
+    loader = DataLoader(images, batch_size=64, num_workers=cores(), multiprocessing_context="fork")
+    return len(torch.cat([batch for batch, _ in loader]))
 
 
 def pillows(folder: Path) -> int:

@@ -10,15 +10,13 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.nn.functional import conv2d
 
-from benchmarks import ours, peers
+from benchmarks import ours, peers, training
 from benchmarks.report import RATIO, Cell, Settings, Table
 from benchmarks.workers import Factory, Result, Turn, Workers, ratio, spread
 from rediffuse.errors import UserError
@@ -36,7 +34,7 @@ def measure(settings: Settings) -> list[Table]:
         raise UserError("it needs a GPU; --quick runs its code on a CPU")
     quick = settings.quick
     params, steps = parameters(quick), STEPS_QUICK if quick else STEPS
-    flops = work(params)
+    flops = training.work_of_params(params)
     recipes = peers.recipes(flops["forward"], params.ddpm.training.batch, steps=1_000_000)
     contenders: dict[str, Factory] = {
         PEAK: functools.partial(peak_turn, quick),
@@ -50,18 +48,20 @@ def measure(settings: Settings) -> list[Table]:
             contenders[f"{name}, compiled"] = functools.partial(peer_turn, recipe, steps, compiled=not quick)
     with Workers(contenders) as workers:
         turns = cast("dict[str, list[dict[str, float]]]", workers.turns(settings.turns))
-    return [table(turns, dict.fromkeys((OURS, EAGER, FLOAT32), flops) | {name: peer_work(each) for name, each in recipes.items()}, params)]
+    of_all = dict.fromkeys((OURS, EAGER, FLOAT32), flops) | {name: training.work_of(recipe) for name, recipe in recipes.items()}
+    return [table(turns, of_all, params.ddpm.training.batch)]
 
 
 def parameters(quick: bool) -> Params:
     params = load_params(RECIPE)
     if not quick:
         return params
-    training = params.ddpm.training.model_copy(update={"batch": BATCH_QUICK})
-    return params.model_copy(update={"ddpm": params.ddpm.model_copy(update=SMALL | {"training": training}), "compile": "never"})
+    smaller = SMALL | {"training": params.ddpm.training.model_copy(update={"batch": BATCH_QUICK})}
+    return params.model_copy(update={"ddpm": params.ddpm.model_copy(update=smaller), "compile": "never"})
 
 
-def table(turns: dict[str, list[dict[str, float]]], flops: dict[str, dict[str, Any]], params: Params) -> Table:
+def table(turns: dict[str, list[dict[str, float]]], flops: dict[str, dict[str, Any]], batch: int) -> Table:
+    """turns: of each contender, images/s (of PEAK: GFLOP/s) and MiB.  flops: of each network, as `training.work_of`."""
     rates = {name: [turn["rate"] for turn in each] for name, each in turns.items()}
     flops = {name: flops[name.removesuffix(", compiled")] for name in rates if name != PEAK}
     speed = {name: [rate * flops[name]["training"] / 1e9 for rate in rates[name]] for name in flops}  # GFLOP/s
@@ -92,36 +92,10 @@ def table(turns: dict[str, list[dict[str, float]]], flops: dict[str, dict[str, A
     ]
     peak = statistics.median(rates[PEAK]) / 1000
     note = (
-        f"Median of {len(rates[OURS])} turns with batch {params.ddpm.training.batch}; spread: (max - min) / median.  Ratio: TFLOP/s of ours"
+        f"Median of {len(rates[OURS])} turns with batch {batch}; spread: (max - min) / median.  Ratio: TFLOP/s of ours"
         f" to those of the same round.  Peak: a 3x3 convolution of 256 channels at 28x28 in {peers.best_precision()}, {peak:.0f} TFLOP/s."
     )
     return Table("Training on a GPU, whole steps at equal FLOPs", columns, rows, note)
-
-
-def work(params: Params) -> dict[str, Any]:
-    """FLOPs of ours for one image, as `training.work_of_ours`."""
-    model = ours.denoiser(params)
-    return counted(lambda: model(*ours.network_inputs(model, 2)), model)
-
-
-@functools.cache
-def peer_work(recipe: peers.Recipe) -> dict[str, Any]:
-    unet, side = recipe.unet(), recipe.structure.side
-    inputs = torch.zeros(2, 1, side, side), torch.ones(2, dtype=torch.int64)
-
-    def call() -> torch.Tensor:
-        output: Any = unet(*inputs)
-        return cast("torch.Tensor", getattr(output, "sample", output))
-
-    return counted(call, unet)
-
-
-def counted(call: Callable[[], torch.Tensor], network: nn.Module) -> dict[str, Any]:
-    return {
-        "forward": peers.forward_flops(call, 2),
-        "training": peers.training_flops(call, 2),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-    }
 
 
 def our_turn(quick: bool, steps: int, changes: dict[str, Any]) -> Turn:

@@ -19,6 +19,7 @@ import torch
 from benchmarks import machine, ours, peers
 from benchmarks.report import RATIO, Cell, Settings, Table
 from benchmarks.workers import Factory, Turn, Workers, ratio, spread
+from rediffuse.params import Params
 
 TITLE = "Training, whole steps at equal FLOPs"
 DEFAULT = "rediffuse, params.yaml"
@@ -58,7 +59,11 @@ def our_flops(*, large: bool = False) -> float:
 @functools.cache
 def work_of_ours(*, large: bool = False) -> dict[str, Any]:
     """FLOPs for one image: `forward`, and `training`, forward and backward; and what the network is.  large: `ours.LARGE`."""
-    params = ours.parameters(large=large)
+    return work_of_params(ours.parameters(large=large))
+
+
+def work_of_params(params: Params) -> dict[str, Any]:
+    """The same of the denoiser that these parameters describe."""
     model = ours.denoiser(params)
     inputs = ours.network_inputs(model, 2)
     return {

@@ -17,7 +17,9 @@ from benchmarks import (
     attention,
     checkout,
     convolutions,
+    decoding,
     evaluation,
+    gpu,
     growth,
     made_up,
     ours,
@@ -239,3 +241,20 @@ def test_what_tracking_costs_is_reckoned_from_its_parts() -> None:
     assert found["on / off, processor"] == pytest.approx(1.025)
     # 3 s for the row, 10 times 0.05 s of points, and a sample of 0.01 s every 10 s of 100
     assert found["a row's share of the default run, 1,000 images"] == pytest.approx(3 + 0.5 + 0.1)
+
+
+def test_a_gpus_contenders_are_compared_by_their_work() -> None:
+    flops = {gpu.OURS: {"training": 2e9, "parameters": 1}, "peer, best": {"training": 1e9, "parameters": 1}}
+    turns = {name: [{"rate": rate, "mib": 1.0}] for name, rate in ((gpu.PEAK, 1000.0), (gpu.OURS, 100.0), ("peer, best, compiled", 50.0))}
+    found = gpu.table(turns, flops, batch=8)
+    ours, peer = (dict(zip(found.columns, row, strict=True)) for row in found.rows)
+    assert (ours["TFLOP/s"], ours["of the conv peak"], ours["ratio"]) == (0.2, "20%", 1)
+    assert (peer["images/s"], peer["of the conv peak"], peer["ratio"]) == (50, "5%", 4)
+
+
+@pytest.mark.parametrize("name", decoding.CONTENDERS)
+def test_all_make_an_image_set_of_the_same_folder(tmp_path: Path, name: str) -> None:
+    decoding.make_photographs(tmp_path, 60)
+    assert decoding.turn_of(name, tmp_path, 60)() > 0  # raises where images are missing
+    with pytest.raises(ValueError, match="made 60 images of 61"):
+        decoding.turn_of(name, tmp_path, 61)()
