@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 INSTRUMENT = "fashion-mnist-cnn-v1"
-STAGES = ["prepare", "reference", "train_vae", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
+STAGES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
 TINY = {
     "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
     "ddpm": {"width": 8, "T": 50},
