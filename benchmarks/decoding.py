@@ -10,7 +10,6 @@ Memory: of the process at its peak, without a DataLoader's workers, for a folder
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import RATIO, Cell, Settings, Table
+from benchmarks.report import RATIO, Cell, Settings, Table, cores
 from benchmarks.workers import Result, Turn, Workers, ratio, spread
 
 N, N_QUICK = 1000, 100
@@ -124,10 +123,6 @@ def _centre_square(image):  # type: ignore[no-untyped-def]  # of Pillow, which a
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.convert("RGB").crop((left, top, left + side, top + side))
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _middle(values: list[float]) -> float:

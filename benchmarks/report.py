@@ -134,7 +134,7 @@ def about(settings: Settings) -> Record:
         "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if torch.cpu._is_avx512_bf16_supported() else ""),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -145,6 +145,11 @@ def about(settings: Settings) -> Record:
         "quick": settings.quick,
         "peak_mib": peak_mib(),
     }
+
+
+def cores() -> int:
+    """As many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_mib() -> float:

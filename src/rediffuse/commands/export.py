@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from rediffuse.commands.git import GitError, commit_of, file_at, git
+from rediffuse.commands.records import root_of_checkout
 from rediffuse.errors import UserError
 from rediffuse.generation.card import CARD, COMMIT, USAGE
 from rediffuse.generation.formats import PRIOR
@@ -13,7 +14,6 @@ from rediffuse.generation.settings import SAMPLING, Kind, kind_of, label_of, rea
 from rediffuse.params import load_params
 from rediffuse.tracking.identity import PASSWORD
 from rediffuse.tracking.models import card_of, directory_md5, model_files
-from rediffuse.tracking.store import checkout_root
 
 
 def export(output: str, *, model: str, form: str, label: str | None = None) -> Path:
@@ -24,10 +24,7 @@ def export(output: str, *, model: str, form: str, label: str | None = None) -> P
     """
     if label is not None and form != "diffusers":
         raise UserError(f"--label is for --format diffusers, whose pipeline asks for no class, got --format {form}: leave it out")
-    try:
-        checkout = checkout_root()
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+    checkout = root_of_checkout()
     target, folder = Path(output).absolute(), checkout / "data" / "models" / model
     if target.exists():
         raise UserError(f"OUTPUT {output} is there already: give another name")

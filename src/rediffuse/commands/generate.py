@@ -68,7 +68,6 @@ def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]
             folder = _download(name, Path(temporary)) / "artifacts"
         elif name.endswith(tuple(f":{kind}" for kind in KINDS)):
             folder = _of_revision(name, Path(temporary))
-            prior = folder / PRIOR
         else:
             folder = _model_folder(Path(name))
         settings = packed_settings(folder) if (folder / SAMPLING).is_file() else _settings_of_checkout(folder)

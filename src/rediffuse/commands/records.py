@@ -137,7 +137,7 @@ def _existing(files: dict[str, bytes], title: str, remedy: str) -> dict[str, byt
 # The checkout
 
 
-def _root() -> Path:
+def root_of_checkout() -> Path:
     """The root of the checkout.  Raises UserError outside one."""
     try:
         return checkout_root()
@@ -146,7 +146,7 @@ def _root() -> Path:
 
 
 def _in_workspace(name: str) -> tuple[str, dict[str, bytes]]:
-    root = _root()
+    root = root_of_checkout()
     if name != "workspace":
         raise _UnknownNameError("workspace: the checkout is meant by the word `workspace`")
     paths = {model: root / FOLDER / f"{model}.json" for model in MODELS}
@@ -160,7 +160,7 @@ def _in_workspace(name: str) -> tuple[str, dict[str, bytes]]:
 def _git(*arguments: str) -> bytes:
     """What git prints at the root of the checkout.  Raises _UnknownNameError where it fails, as it does outside a git repository."""
     try:
-        return subprocess.run(["git", *arguments], cwd=_root(), capture_output=True, check=True).stdout
+        return subprocess.run(["git", *arguments], cwd=root_of_checkout(), capture_output=True, check=True).stdout
     except subprocess.CalledProcessError as error:
         raise _UnknownNameError(f"git: {error.stderr.decode(errors='replace').strip() or 'no revision of this name'}") from None
     except OSError as error:
@@ -202,7 +202,7 @@ def _experiment(name: str) -> tuple[str, str]:
 def _experiments() -> dict[str, dict[str, str]]:
     """{name: {baseline: commit}}."""
     found = dict[str, dict[str, str]]()
-    for (baseline, name), commit in experiments(_root()).items():
+    for (baseline, name), commit in experiments(root_of_checkout()).items():
         found.setdefault(name, {})[baseline] = commit
     return found
 
