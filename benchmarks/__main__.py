@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.report import PARTS, RESULTS, Settings, draw_overview, markdown, terminal, write_results
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 PEERS = ("diffusers", "denoising_diffusion_pytorch", "ema_pytorch", "pythae")
 

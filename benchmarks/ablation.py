@@ -25,9 +25,9 @@ import yaml
 
 from benchmarks.ours import parameters, trainer
 from benchmarks.peers import random_images
-from rediffuse.commands.git import git
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.params import DDPM, Params
+from rediffuse.tracking.git import git
 from rediffuse.training.loop import Trainer
 
 CALIBRATION = Path("benchmarks/results/ablation.json")
@@ -97,7 +97,7 @@ def queue(seed: int, names: tuple[str, ...]) -> None:
         length = {f"training.{key}": images[name] for key in ("images", "validate_every", "checkpoint_every")}
         changes = COMMON | {"seed": seed} | {f"ddpm.{key}": value for key, value in (length | VARIANTS[name]).items()}
         given = [part for key, value in changes.items() for part in ("-S", f"{key}={yaml_value(value)}")]
-        subprocess.run(["dvc", "exp", "run", "--queue", "--quiet", "-n", f"ablation-{name}-{seed}", *given, "evaluate@ddpm"], check=True)
+        subprocess.run(["dvc", "exp", "run", "--queue", "--quiet", "-n", f"ablation-{name}-{seed}", *given, "evaluate_ddpm"], check=True)
 
 
 @main.command()

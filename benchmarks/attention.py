@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.report import RATIO, Settings, Table
 from rediffuse.diffusion.unet import written_out_attention
-from rediffuse.training.hardware import computes_bfloat16
+from rediffuse.runtime.device import computes_bfloat16
 
 BATCH, POSITIONS, HEADS, DIMENSION = 64, 49, 2, 64
 TURNS, WARMUP = 15, 2

@@ -79,8 +79,8 @@ def turn_of(name: str, folder: Path, n: int) -> Turn:
 
 
 def ours(folder: Path) -> int:
-    from rediffuse.data.folder import write_folder
-    from rediffuse.data.images import load_split
+    from rediffuse.images.image_set import load_split
+    from rediffuse.sources.folder import write_folder
 
     with tempfile.TemporaryDirectory() as made:
         classes, _ = write_folder(folder, Path(made), size=SIZE, channels=3, validation=0.1, test=0.2, seed=1)

@@ -19,8 +19,8 @@ from torch.nn.functional import conv2d
 from benchmarks import ours, peers, training
 from benchmarks.report import RATIO, Cell, Settings, Table
 from benchmarks.workers import Factory, Result, Turn, Workers, ratio, spread
-from rediffuse.errors import UserError
 from rediffuse.params import Params, load_params
+from rediffuse.runtime.errors import UserError
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes/fashion-mnist-gpu.yaml"
 STEPS, STEPS_QUICK = 20, 2  # in a turn

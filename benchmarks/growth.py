@@ -27,12 +27,12 @@ from benchmarks.ours import denoiser, trainer
 from benchmarks.peers import SHAPE
 from benchmarks.report import Settings, Table, peak_mib
 from benchmarks.workers import Factory, Turn, Workers
-from rediffuse.data.fashion_mnist import CLASSES
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.generation.ddpm import ddpm_shards
 from rediffuse.params import Params, SampleDDPM, load_params
-from rediffuse.shards import draw, shard_generator
-from rediffuse.training.hardware import device, make_deterministic
+from rediffuse.runtime.device import device, make_deterministic
+from rediffuse.runtime.shards import draw, shard_generator
+from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sources.fashion_mnist import CLASSES
 
 Shape = tuple[int, int, int]
 Way = Literal["copied", "mapped"]
@@ -184,7 +184,7 @@ def measure_drawn(counts: list[int], *, quick: bool) -> Table:
 
 def train_together(steps: int, quick: bool) -> None:
     """What each of the processes runs: prints, from the first one, the ms of a training step and its peak as JSON."""
-    from rediffuse.training.distributed import is_main, process_group
+    from rediffuse.runtime.processes import is_main, process_group
 
     with process_group():
         params = parameters(quick)

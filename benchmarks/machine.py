@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.report import Settings, Table
-from rediffuse.training.hardware import computes_bfloat16
+from rediffuse.runtime.device import computes_bfloat16
 
 BATCH = 64
 CHANNELS, SIDES = (64, 128, 256), (7, 14, 28)

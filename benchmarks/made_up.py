@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from benchmarks.peers import SHAPE
-from rediffuse.data.fashion_mnist import CLASSES
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.data.splits import describe
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import denoiser_config
+from rediffuse.diffusion.step import denoiser_config
+from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Params
-from rediffuse.training.checkpoint import save_model
+from rediffuse.runtime.weights import save_model
+from rediffuse.sources.fashion_mnist import CLASSES
+from rediffuse.sources.splits import describe
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
-from rediffuse.vae.task import VAEStep, vae_config
+from rediffuse.vae.step import VAEStep, vae_config
 
 TINY = {"width": 8, "multipliers": [1], "attention": 0}  # a denoiser that takes no time
 

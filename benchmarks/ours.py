@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from benchmarks.peers import SHAPE, random_images
-from rediffuse.data.fashion_mnist import CLASSES
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config
-from rediffuse.generation.ddpm import ddpm_shards
+from rediffuse.diffusion.step import DenoisingStep, denoiser_config
 from rediffuse.params import Params, load_params
-from rediffuse.shards import draw
+from rediffuse.runtime.device import autocast, device, make_deterministic
+from rediffuse.runtime.shards import draw
+from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sources.fashion_mnist import CLASSES
 from rediffuse.training.checkpoint import Checkpoint
-from rediffuse.training.hardware import autocast, device, make_deterministic
 from rediffuse.training.loop import Trainer
 
 # About 0.8 GFLOP an image in training.  The default has half of that, at which the documented structures of the peers would be 8 features
@@ -122,7 +122,7 @@ def network_turn(steps: int) -> Callable[[], float]:
 
 
 def sampling_turn(n: int, evaluations: int, precision: str = "auto", *, large: bool = False) -> Callable[[], float]:
-    """A turn that draws n images as the stage sample@ddpm does, with this many evaluations of the network for each."""
+    """A turn that draws n images as the stage sample_ddpm does, with this many evaluations of the network for each."""
     params = parameters(precision, large=large)
     make_deterministic()
     model = denoiser(params).to(device()).to(memory_format=torch.channels_last).eval()

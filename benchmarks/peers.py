@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss, pad
 
-from rediffuse.data.pixels import from_signed, from_unit, to_signed, to_unit
-from rediffuse.training.hardware import autocast, computes_bfloat16, device
+from rediffuse.images.pixels import from_signed, from_unit, to_signed, to_unit
+from rediffuse.runtime.device import autocast, computes_bfloat16, device
 
 Setting = Literal["documented", "best"]
 Kind = Literal["diffusers", "denoising-diffusion-pytorch"]

@@ -35,13 +35,13 @@ from numpy.typing import NDArray
 from benchmarks import ours, peers, training
 from benchmarks.report import RATIO, Cell, Settings, Table, about, read_results
 from benchmarks.workers import Workers
-from rediffuse.data.fashion_mnist import load_fashion_mnist
-from rediffuse.data.images import ImageSet
-from rediffuse.data.splits import hold_out
 from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import Instrument, make_instrument
 from rediffuse.evaluation.report import real_sets
-from rediffuse.files import replace_file, write_json
+from rediffuse.images.image_set import ImageSet
+from rediffuse.runtime.files import replace_file, write_json
+from rediffuse.sources.fashion_mnist import load_fashion_mnist
+from rediffuse.sources.splits import hold_out
 from rediffuse.training.checkpoint import Checkpoint
 
 INSTRUMENTS = "fashion-mnist-cnn-v1", "random-conv-v1"

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rediffuse.files import write_json
+from rediffuse.runtime.files import write_json
 
 Cell = str | float | int | None
 Record = dict[str, Any]

@@ -1,6 +1,6 @@
 """Images drawn in a second at equal evaluations of networks of equal FLOPs (random weights: speed does not hang on them).
 
-Ours, in a size of the peers' FLOPs and as params.yaml has it, through `ddpm_shards`, as the stage sample@ddpm does; diffusers with
+Ours, in a size of the peers' FLOPs and as params.yaml has it, through `ddpm_shards`, as the stage sample_ddpm does; diffusers with
 DDIMScheduler; denoising-diffusion-pytorch with its `ddim_sample`.  All without guidance, in batches of the size in training;
 a shard of ours has always 64 images.
 """

@@ -10,7 +10,7 @@ import math
 
 from benchmarks.ours import denoiser, parameters
 from benchmarks.training import our_flops
-from rediffuse.training.distributed import LEAST, MOST, PIECES
+from rediffuse.runtime.processes import LEAST, MOST, PIECES
 
 SUSTAINED = 0.4 * 990e12  # FLOP/s of an H100 in bfloat16
 OVERHEAD = 1e-3  # seconds a step, assumed, that do not shrink with the batch: launching kernels, optimizer, EMA

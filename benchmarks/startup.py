@@ -22,7 +22,7 @@ from benchmarks.checkout import ROOT, code, copy_files, make_repository, quiet_e
 from benchmarks.report import Settings, Table
 from rediffuse.params import load_params
 
-STAGES = "train_vae", "train_ddpm", "sample@vae", "sample@ddpm"
+STAGES = "train_vae", "train_ddpm", "sample_vae", "sample_ddpm"
 IMPORTS = (
     "torch",
     "torch._dynamo",

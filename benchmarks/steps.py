@@ -27,16 +27,16 @@ import torch
 from benchmarks.made_up import TINY, image_set, save_models
 from benchmarks.report import Settings, Table
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.errors import UserError
 from rediffuse.evaluation.features import Features, load_features, save_features
 from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import Instrument, make_instrument, open_instrument
-from rediffuse.files import write_json
-from rediffuse.generation.ddpm import ddpm_shards
 from rediffuse.params import Params, SampleDDPM, load_params
-from rediffuse.shards import draw
-from rediffuse.training.checkpoint import load_model
-from rediffuse.training.hardware import Precision, device, make_deterministic
+from rediffuse.runtime.device import Precision, device, make_deterministic
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import write_json
+from rediffuse.runtime.shards import draw
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.ddpm import ddpm_shards
 
 MODEL, REFERENCE = Path("data/models/ddpm"), Path("data/reference")
 EVALUATIONS = 5, 10, 20, 50

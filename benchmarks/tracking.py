@@ -24,15 +24,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from rediffuse.tracking.system import SECONDS, SystemMetrics
 
 from benchmarks.checkout import ROOT, make_repository, quiet_environment
 from benchmarks.made_up import NoCheckpoint, image_set
 from benchmarks.ours import trainer
 from benchmarks.report import Settings, Table
 from rediffuse.params import Params, load_params
+from rediffuse.runtime.device import make_deterministic
 from rediffuse.tracking.row import stage_run
-from rediffuse.tracking.system import SECONDS, SystemMetrics
-from rediffuse.training.hardware import make_deterministic
 
 Log = Callable[[int, dict[str, float]], None]
 IMAGES = 9600  # in each turn of training

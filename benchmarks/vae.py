@@ -29,12 +29,12 @@ from benchmarks.made_up import NoCheckpoint, image_set, vae_trainer
 from benchmarks.peers import SHAPE, training_flops
 from benchmarks.report import RATIO, Settings, Table
 from benchmarks.workers import Turn, Workers, ratio
-from rediffuse.data.pixels import to_unit
+from rediffuse.images.pixels import to_unit
 from rediffuse.params import Params, load_params
-from rediffuse.training.hardware import device, make_deterministic
+from rediffuse.runtime.device import device, make_deterministic
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import elbo
-from rediffuse.vae.task import vae_config
+from rediffuse.vae.step import vae_config
 
 OURS = "rediffuse"
 WARMUP = 10  # batches

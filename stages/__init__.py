@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
 import rediffuse  # noqa: E402
-from rediffuse.errors import UserError  # noqa: E402
 from rediffuse.params import Params  # noqa: E402
+from rediffuse.runtime.errors import UserError  # noqa: E402
 
 if SOURCE not in Path(rediffuse.__file__).resolve().parents:
     raise ImportError(f"stages must run the code of their own checkout, {SOURCE}, but rediffuse was imported from {rediffuse.__file__}")

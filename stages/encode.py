@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rediffuse.data.images import load_images
-from rediffuse.files import write_json
-from rediffuse.generation.latents import measure_latents
-from rediffuse.generation.space import VAE_FOLDER
+from rediffuse.images.image_set import load_images
 from rediffuse.params import load_params
+from rediffuse.runtime.device import device, make_deterministic, to_device
+from rediffuse.runtime.files import write_json
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.hardware import device, make_deterministic, to_device
+from rediffuse.vae.latents import VAE_FOLDER, measure_latents
 from rediffuse.vae.prior import CHUNK
 from stages import run_stage
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rediffuse.data.images import ImageSet, load_images
-from rediffuse.errors import UserError
 from rediffuse.evaluation.features import Features, load_features
 from rediffuse.evaluation.fidelity import frechet_distance, spread
 from rediffuse.evaluation.instruments import open_instrument
@@ -28,15 +26,17 @@ from rediffuse.evaluation.report import (
     score_sets,
     spread_of,
 )
-from rediffuse.evaluation.samples import SampleSets, load_sets
-from rediffuse.figures.grid import save_png
 from rediffuse.figures.pairs import Neighbours, pairs
 from rediffuse.figures.scores import class_chart, score_chart
-from rediffuse.files import replace_file, write_json
+from rediffuse.images.files import save_png
+from rediffuse.images.image_set import ImageSet, load_images
+from rediffuse.images.sample_sets import SampleSets, load_sets
 from rediffuse.params import Params, load_params
+from rediffuse.runtime.device import autocast, device, make_deterministic
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file, write_json
+from rediffuse.runtime.processes import is_main, process_group
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
 
 FOLDER = Path("data/reference")
@@ -56,7 +56,7 @@ def main() -> None:
     check_same_size(samples, reference)
     metrics, full, plots = Path(f"metrics/{model}.json"), Path(f"metrics/evaluation/{model}.json"), Path(f"metrics/plots/evaluate_{model}")
 
-    with stage_run(f"evaluate@{model}", params, complete=True) as run:
+    with stage_run(f"evaluate_{model}", params, complete=True) as run:
         views = look(samples, params)
         reconstructed = look_at_reconstructions(samples, views)
         if not is_main():  # all processes look, the first one judges

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from rediffuse.data.folder import write_folder
-from rediffuse.data.images import load_split, replacing, save_images, save_manifest
-from rediffuse.data.published import load_published
-from rediffuse.data.splits import describe, hold_out
-from rediffuse.files import write_json
+from rediffuse.images.image_set import load_split, replacing, save_images, save_manifest
 from rediffuse.params import Params, load_params
+from rediffuse.runtime.files import write_json
+from rediffuse.sources.folder import write_folder
+from rediffuse.sources.published import load_published
+from rediffuse.sources.splits import describe, hold_out
 from rediffuse.tracking.row import stage_run
 from stages import run_stage
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rediffuse.data.images import ImageSet, load_images, load_manifest
 from rediffuse.evaluation.anchors import mean_image, pixel_marginals, uniform_noise
 from rediffuse.evaluation.features import save_features
 from rediffuse.evaluation.fidelity import check_enough
@@ -31,11 +30,12 @@ from rediffuse.evaluation.report import (
     real_sets,
     reference_rows,
 )
-from rediffuse.files import write_json
+from rediffuse.images.image_set import ImageSet, load_images, load_manifest
 from rediffuse.params import DIMENSIONS, Params, load_params
+from rediffuse.runtime.device import autocast, device, make_deterministic
+from rediffuse.runtime.files import write_json
+from rediffuse.runtime.processes import is_main, process_group
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import autocast, device, make_deterministic
 from stages import run_stage
 
 FOLDER = Path("data/reference")

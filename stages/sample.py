@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rediffuse.data.pixels import ROUNDING
-from rediffuse.figures.grid import annotate, class_rows, grid, save_png, strip
-from rediffuse.files import write_json
-from rediffuse.generation.formats import PRIOR, save_npz
+from rediffuse.figures.grid import annotate, class_rows, grid, strip
+from rediffuse.images.files import save_npz, save_png
+from rediffuse.images.pixels import ROUNDING, on_device
 from rediffuse.params import Params, Sample, load_params
-from rediffuse.shards import SHARD, DrawShard, draw, shard_generator
+from rediffuse.runtime.device import autocast, device, make_deterministic
+from rediffuse.runtime.files import write_json
+from rediffuse.runtime.processes import barrier, is_main, process_group
+from rediffuse.runtime.shards import SHARD, DrawShard, draw, shard_generator
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.vae import PRIOR
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.checkpoint import load_model
-from rediffuse.training.distributed import barrier, is_main, process_group
-from rediffuse.training.hardware import autocast, device, make_deterministic, on_device
 from stages import run_stage
 
 COLUMNS = 10  # of the pictures
@@ -37,7 +38,7 @@ def main() -> None:
     model = parser.parse_args().model
     params = load_params()
     make_deterministic()
-    with stage_run(f"sample@{model}", params) as run, torch.inference_mode():
+    with stage_run(f"sample_{model}", params) as run, torch.inference_mode():
         folder, plots = Path(f"data/samples/{model}"), Path(f"metrics/plots/sample_{model}")
         settings = {"vae": draw_vae, "ddpm": draw_ddpm}[model](params, folder, plots)
         if not is_main():
@@ -85,9 +86,9 @@ def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
 
     Each image is the mean of p(x|z).  Returns the settings.
     """
-    from rediffuse.data.images import load_images
-    from rediffuse.data.pixels import from_unit, to_unit
-    from rediffuse.generation.vae import load_prior, save_mixture, vae_shards
+    from rediffuse.images.image_set import load_images
+    from rediffuse.images.pixels import from_unit, to_unit
+    from rediffuse.sampling.vae import load_prior, save_mixture, vae_shards
     from rediffuse.vae.model import VAE
     from rediffuse.vae.prior import fit_mixture, posterior_means
 
@@ -121,8 +122,8 @@ def draw_vae(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
 def draw_ddpm(params: Params, folder: Path, plots: Path) -> dict[str, Any]:
     """Denoise Gaussian noise, label after label in turn where the model has labels.  Returns the settings."""
     from rediffuse.diffusion.denoiser import Denoiser
-    from rediffuse.generation.ddpm import ddpm_shards
-    from rediffuse.generation.space import open_space
+    from rediffuse.sampling.ddpm import ddpm_shards
+    from rediffuse.sampling.space import open_space
 
     model = Path("data/models/ddpm")
     denoiser, settings = load_model(Denoiser, model, device()), params.sample.ddpm

@@ -6,21 +6,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rediffuse.data.images import load_images
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import even_times
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.task import DenoisingStep, as_x_0, denoiser_config, validate
-from rediffuse.figures.curves import write_curves
-from rediffuse.figures.grid import annotate, save_png, strip
-from rediffuse.files import write_json
-from rediffuse.generation.space import VAE_FOLDER, Space, open_space
+from rediffuse.diffusion.step import DenoisingStep, as_x_0, denoiser_config, validate
+from rediffuse.figures.grid import annotate, strip
+from rediffuse.images.files import save_png
+from rediffuse.images.image_set import load_images
+from rediffuse.images.pixels import on_device
 from rediffuse.params import load_params
+from rediffuse.runtime.device import autocast, device, make_deterministic, seed_for, to_device
+from rediffuse.runtime.files import write_json
+from rediffuse.runtime.processes import is_main, process_group
+from rediffuse.runtime.weights import save_model
+from rediffuse.sampling.samplers import even_times
+from rediffuse.sampling.space import Space, open_space
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.checkpoint import resumable, save_model
-from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import autocast, device, make_deterministic, on_device, seed_for, to_device
+from rediffuse.training.checkpoint import resumable
+from rediffuse.training.curves import write_curves
 from rediffuse.training.loop import Trainer
+from rediffuse.vae.latents import VAE_FOLDER
 from stages import checkpoint_configuration, checkpoint_folder, run_stage
 
 MODEL, SPACES = Path("data/models/ddpm"), Path("data/spaces")

@@ -4,21 +4,23 @@ from pathlib import Path
 
 import torch
 
-from rediffuse.data.images import load_images
-from rediffuse.data.pixels import from_unit, to_unit
-from rediffuse.figures.curves import write_curves
-from rediffuse.figures.grid import annotate, grid, reconstructions, save_png, strip
+from rediffuse.figures.grid import annotate, grid, reconstructions, strip
 from rediffuse.figures.latent import latent_map
-from rediffuse.files import write_json
+from rediffuse.images.files import save_png
+from rediffuse.images.image_set import load_images
+from rediffuse.images.pixels import from_unit, on_device, to_unit
 from rediffuse.params import load_params
+from rediffuse.runtime.device import make_deterministic
+from rediffuse.runtime.files import write_json
+from rediffuse.runtime.processes import is_main, process_group
+from rediffuse.runtime.weights import save_model
 from rediffuse.tracking.row import stage_run
-from rediffuse.training.checkpoint import resumable, save_model
-from rediffuse.training.distributed import is_main, process_group
-from rediffuse.training.hardware import make_deterministic, on_device
+from rediffuse.training.checkpoint import resumable
+from rediffuse.training.curves import write_curves
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 from rediffuse.vae.prior import posterior_means
-from rediffuse.vae.task import VAEStep, final_measures, measure, vae_config
+from rediffuse.vae.step import VAEStep, final_measures, measure, vae_config
 from stages import checkpoint_configuration, checkpoint_folder, run_stage
 
 PLOTS = Path("metrics/plots/train_vae")

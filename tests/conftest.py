@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rediffuse.data.fashion_mnist import load_fashion_mnist
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
+from rediffuse.images.image_set import ImageSet
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources.fashion_mnist import load_fashion_mnist
 from rediffuse.tracking.store import connect
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,16 +22,16 @@ from PIL import Image
 from tiny_checkout import write_params
 
 from rediffuse.commands.compare import Row, compare
-from rediffuse.data import folder
-from rediffuse.data.folder import find_images
-from rediffuse.errors import UserError
 from rediffuse.figures import scores
 from rediffuse.figures.latent import latent_map
 from rediffuse.figures.scores import class_chart
-from rediffuse.generation.card import model_card
-from rediffuse.generation.model import load_image_model
+from rediffuse.inference.card import model_card
+from rediffuse.inference.model import load_image_model
+from rediffuse.runtime.device import to_device
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources import folder
+from rediffuse.sources.folder import find_images
 from rediffuse.tracking.writer import RowWriter
-from rediffuse.training.hardware import to_device
 from stages import encode, evaluate, prepare, reference, sample, train_ddpm, train_vae
 
 STAGES: list[tuple[Any, list[str]]] = [

@@ -32,10 +32,10 @@ from benchmarks import (
 from benchmarks.peers import SHAPE
 from benchmarks.report import Settings, peak_mib
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import SAMPLERS
-from rediffuse.diffusion.task import denoiser_config
-from rediffuse.errors import UserError
+from rediffuse.diffusion.step import denoiser_config
 from rediffuse.params import flatten, load_params
+from rediffuse.runtime.errors import UserError
+from rediffuse.sampling.samplers import SAMPLERS
 from rediffuse.vae.objective import elbo
 
 QUICK = Settings(quick=True)
@@ -228,7 +228,7 @@ def test_a_repro_that_runs_nothing_is_measured() -> None:
 
 def test_the_start_of_a_stage_is_told_in_parts(tmp_path: Path) -> None:
     startup.copy_checkout(tmp_path)
-    found = startup.start_once(tmp_path, "sample@vae")
+    found = startup.start_once(tmp_path, "sample_vae")
     assert found["all"] == pytest.approx(found["imports"] + found["row"] + found["first"])
     assert min(found.values()) >= 0
 

@@ -25,7 +25,7 @@ from rediffuse.commands.compare import (
     to_refusal,
     to_text,
 )
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.store import connect, experiment_id
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -73,7 +73,7 @@ def run_stage(changes: dict[str, dict[str, Any]], score: float, grey: int) -> No
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (WIDTH, HEIGHT), grey).save(picture)
         Path(f"metrics/{model}.json").write_text(json.dumps({"fashion-mnist-cnn-v1": {"fd": factor * score, "recall": 0.5}}))
-    with stage_run("evaluate@ddpm", load_params()) as run:
+    with stage_run("evaluate_ddpm", load_params()) as run:
         run.log_results(Path("metrics"))
 
 

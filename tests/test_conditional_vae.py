@@ -16,18 +16,18 @@ from torch import Tensor
 
 import rediffuse
 from rediffuse.commands.generate import generate
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.data.pixels import to_unit
-from rediffuse.errors import UserError
-from rediffuse.evaluation.samples import load_sets
-from rediffuse.generation.settings import SAMPLING, sampling_settings
+from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.images.pixels import to_unit
+from rediffuse.images.sample_sets import load_sets
+from rediffuse.inference.settings import SAMPLING, sampling_settings
 from rediffuse.params import Params, load_params
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import load_model
 from rediffuse.tracking.models import model_files
-from rediffuse.training.checkpoint import load_model
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import elbo, importance_weighted_bound
 from rediffuse.vae.prior import CHUNK, posterior_means
-from rediffuse.vae.task import final_measures, measure, vae_config
+from rediffuse.vae.step import final_measures, measure, vae_config
 from stages import sample, train_vae
 
 CPU, SHAPE = torch.device("cpu"), (1, 8, 8)

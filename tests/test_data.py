@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rediffuse.data import fashion_mnist
-from rediffuse.data.fashion_mnist import load_fashion_mnist
-from rediffuse.data.images import ImageSet, load_images, save_images
-from rediffuse.data.splits import describe, hold_out
-from rediffuse.errors import UserError
+from rediffuse.images.image_set import ImageSet, load_images, save_images
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources import fashion_mnist
+from rediffuse.sources.fashion_mnist import load_fashion_mnist
+from rediffuse.sources.splits import describe, hold_out
 
 CLASSES = fashion_mnist.CLASSES
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import SAMPLERS, even_times
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
+from rediffuse.diffusion.step import DenoisingStep, denoiser_config, validate
 from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, parts, sinusoids, written_out_attention
 from rediffuse.params import load_params
+from rediffuse.runtime.weights import load_model, save_model
+from rediffuse.sampling.guidance import guided
+from rediffuse.sampling.samplers import SAMPLERS, even_times
 from rediffuse.training.average import Average
-from rediffuse.training.checkpoint import load_model, save_model
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").ddpm
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def test_an_unconditional_model_has_no_labels():
     denoiser = make(class_names=[])
     assert denoiser.classes == 0 and denoiser.unet.embed_label is None
     assert denoiser(noisy(2), at(5, 50), None).shape == (2, 1, 28, 28)
-    assert denoiser.denoise()(noisy(2), at(5, 50), None).shape == (2, 1, 28, 28)
+    assert guided(denoiser)(noisy(2), at(5, 50), None).shape == (2, 1, 28, 28)
 
 
 def test_dropout_acts_in_training_only():
@@ -209,11 +210,11 @@ def test_denoise_gives_the_x_0_that_the_output_means(predict):
         "x0": output,
         "v": alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * output,
     }[predict]
-    torch.testing.assert_close(denoiser.denoise()(x_t, t, at(0, 1)), expected.clamp(-1, 1).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided(denoiser)(x_t, t, at(0, 1)), expected.clamp(-1, 1).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_denoised_pixels_are_clamped():
-    denoise = make().denoise()
+    denoise = guided(make())
     x_0 = denoise(50 * noisy(2), at(3, 60), at(0, 1))
     assert x_0.min() == -1 and x_0.max() == 1
 
@@ -223,7 +224,7 @@ def outputs_at(scale: float, labels: tuple[int, ...] = (0, 1, 2)) -> Tensor:
     denoiser = make(predict="x0")
     for parameter in denoiser.unet.last.parameters():
         parameter.data *= 0.2
-    x_0 = denoiser.denoise(guidance_scale=scale)(noisy(3), at(10, 50, 90), at(*labels))
+    x_0 = guided(denoiser, guidance_scale=scale)(noisy(3), at(10, 50, 90), at(*labels))
     assert x_0.abs().max() < 1
     return x_0
 
@@ -243,7 +244,7 @@ def test_guidance_is_linear_in_its_scale():
 
 def test_guidance_without_labels_changes_nothing():
     denoiser, x = make(), noisy(2)
-    assert torch.equal(denoiser.denoise(guidance_scale=3.0)(x, at(5, 50), None), denoiser.denoise()(x, at(5, 50), None))
+    assert torch.equal(guided(denoiser, guidance_scale=3.0)(x, at(5, 50), None), guided(denoiser)(x, at(5, 50), None))
 
 
 # Files and averages
@@ -352,18 +353,16 @@ def test_a_tiny_denoiser_overfits_and_draws_the_image_of_each_label(predict):
     assert after < 0.2 * before
     with torch.inference_mode():
         x_T, times = noisy(3, (1, 8, 8), seed=7), even_times(denoiser.schedule, 25)
-        drawn = SAMPLERS["ddim"](
-            denoiser.denoise(), denoiser.schedule, x_T, at(0, 1, 2), times=times, eta=0.0, noise=lambda: torch.empty(0)
-        )
+        drawn = SAMPLERS["ddim"](guided(denoiser), denoiser.schedule, x_T, at(0, 1, 2), times=times, eta=0.0, noise=lambda: torch.empty(0))
     assert (drawn.sign() == shapes()).double().mean() > 0.95
 
 
 def test_a_copy_is_independent():
     """The schedule keeps tables per device; a deep copy, as the average makes one, must work on its own."""
     denoiser = make()
-    denoiser.denoise()(noisy(1), at(5), at(0))
+    guided(denoiser)(noisy(1), at(5), at(0))
     twin = copy.deepcopy(denoiser)
-    assert torch.equal(twin.denoise()(noisy(1), at(5), at(0)), denoiser.denoise()(noisy(1), at(5), at(0)))
+    assert torch.equal(guided(twin)(noisy(1), at(5), at(0)), guided(denoiser)(noisy(1), at(5), at(0)))
 
 
 def test_the_unet_takes_time_as_a_share_of_T():

@@ -20,8 +20,8 @@ import yaml
 
 from rediffuse.commands import checks, doctor, machine
 from rediffuse.commands.checks import Finding
-from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.environment import describe_environment, environment_digest
 
 PROJECT = Path(__file__).resolve().parents[1]

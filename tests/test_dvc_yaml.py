@@ -17,8 +17,8 @@ import yaml
 from rediffuse.params import flatten, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
-ONLY = {"draw_vae": "sample@vae", "draw_ddpm": "sample@ddpm"}  # functions of stages/sample.py that one model alone runs
+NAMES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample_vae", "sample_ddpm", "evaluate_vae", "evaluate_ddpm"]
+ONLY = {"draw_vae": "sample_vae", "draw_ddpm": "sample_ddpm"}  # functions of stages/sample.py that one model alone runs
 WEIGHTS = "src/rediffuse/evaluation/weights"  # read, not imported, by the module beside them
 # Tracking writes the row and can change no byte of an output (tests/test_pipeline.py runs the stages without it and compares).
 # So no stage depends on it: a change in how a row is written trains nothing again.
@@ -105,28 +105,28 @@ def script_of(name: str) -> ast.Module:
 def test_the_walk_finds_imports_wherever_they_stand():
     code = """
 import rediffuse.vae.model
-from rediffuse.data import images
+from rediffuse.images import image_set as images
 from rediffuse.params import Params
 from os import path
 if TYPE_CHECKING:
-    from rediffuse.vae.task import VAEStep
+    from rediffuse.vae.step import VAEStep
 from rediffuse.tracking.row import stage_run
 class A:
     def f(self):
         if self:
-            from rediffuse.errors import UserError
+            from rediffuse.runtime.errors import UserError
 def draw_vae():
-    import rediffuse.shards
+    import rediffuse.runtime.shards
 """
-    always = {"rediffuse", "rediffuse.vae", "rediffuse.vae.model", "rediffuse.data", "rediffuse.data.images"}
-    always |= {"rediffuse.params", "rediffuse.errors"}
-    assert imported(code, "sample@ddpm") == always
-    assert imported(code, "sample@vae") == always | {"rediffuse.shards"}
+    always = {"rediffuse", "rediffuse.vae", "rediffuse.vae.model", "rediffuse.data", "rediffuse.images.image_set"}
+    always |= {"rediffuse.params", "rediffuse.runtime.errors"}
+    assert imported(code, "sample_ddpm") == always
+    assert imported(code, "sample_vae") == always | {"rediffuse.runtime.shards"}
 
 
 def test_functions_of_one_model_exist():
     """Else the walk would silently look at everything or nothing."""
-    found = {node.name for node in ast.walk(script_of("sample@vae")) if isinstance(node, ast.FunctionDef)}
+    found = {node.name for node in ast.walk(script_of("sample_vae")) if isinstance(node, ast.FunctionDef)}
     assert set(ONLY) <= found
 
 

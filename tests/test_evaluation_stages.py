@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.data.splits import describe
-from rediffuse.errors import UserError
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import spread
 from rediffuse.evaluation.instruments import Instrument
 from rediffuse.evaluation.report import headline, position, predicted_classes, real_sets
+from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources.splits import describe
 from stages import evaluate, reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,18 +191,18 @@ def test_missing_or_damaged_files_name_the_stage_that_makes_them(pipeline, monke
     sampling = Path("data/samples/vae/sampling.json")
     for broken in ("", "[]", '{"n": 150}'):
         sampling.write_text(broken)
-        with pytest.raises(UserError, match=r"sampling.json is damaged.*dvc repro -f sample@vae"):
+        with pytest.raises(UserError, match=r"sampling.json is damaged.*dvc repro -f sample_vae"):
             judge(monkeypatch, "vae")
     sampling.unlink()
-    with pytest.raises(UserError, match=r"sampling.json is missing.*dvc repro -f sample@vae"):
+    with pytest.raises(UserError, match=r"sampling.json is missing.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
     draw("vae", labelled=False)
     first = Path("data/samples/vae/1.npz")
     first.write_bytes(first.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"damaged.*dvc repro -f sample@vae"):
+    with pytest.raises(UserError, match=r"damaged.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
     first.unlink()
-    with pytest.raises(UserError, match=r"1.npz is missing.*dvc repro -f sample@vae"):
+    with pytest.raises(UserError, match=r"1.npz is missing.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
 
 

@@ -25,16 +25,17 @@ from tiny_checkout import CLASSES, PROJECT, SHAPE, make_checkout, write_params
 import rediffuse
 from rediffuse.cli import main
 from rediffuse.commands.export import export
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.data.splits import describe
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.samplers import ddim, ddpm, even_times
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.errors import UserError
-from rediffuse.generation.latents import measure_latents, open_latents
-from rediffuse.generation.settings import read_config
+from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.inference.settings import read_config
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import load_model, save_model
+from rediffuse.sampling.guidance import guided
+from rediffuse.sampling.samplers import ddim, ddpm, even_times
+from rediffuse.sources.splits import describe
 from rediffuse.tracking.models import directory_md5
-from rediffuse.training.checkpoint import load_model, save_model
+from rediffuse.vae.latents import measure_latents, open_latents
 from rediffuse.vae.model import VAE
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def ours(denoiser: Denoiser, sampler: Any, steps: int, label: int | None, n: int
     labels = None if label is None else torch.full((n,), label)
     times = even_times(denoiser.schedule, steps)
     with torch.inference_mode():
-        x_0 = sampler(denoiser.denoise(), denoiser.schedule, noise(), labels, times=times, eta=eta, noise=noise)
+        x_0 = sampler(guided(denoiser), denoiser.schedule, noise(), labels, times=times, eta=eta, noise=noise)
     grey = (x_0.abs() < 0.99).float().mean()
     assert grey > 0.2, f"an image of black and white alone would hide most mistakes, {grey}"
     return (x_0 / 2 + 0.5).clamp(0, 1)
@@ -309,7 +310,7 @@ def test_the_examples_of_the_documentation_run(checkout: Path) -> None:
     with torch.inference_mode():
         start = torch.from_numpy(names["noise"])
         times = even_times(denoiser.schedule, names["steps"])
-        x_0 = ddim(denoiser.denoise(), denoiser.schedule, start, torch.from_numpy(names["labels"]), times=times, noise=torch.Tensor)
+        x_0 = ddim(guided(denoiser), denoiser.schedule, start, torch.from_numpy(names["labels"]), times=times, noise=torch.Tensor)
     np.testing.assert_allclose(names["x"], x_0.numpy(), atol=1e-4)
 
 
@@ -333,8 +334,8 @@ def judged(checkout: Path) -> dict[str, Any]:
     return {
         "prepare": {"outs": data, "params": {"params.yaml": {"data": {"set": "shoes"}, "seed": 1}}},
         "train_ddpm": {"deps": data, "outs": model, "params": {"params.yaml": {"ddpm": {"T": 12, "training": {"images": 4711}}}}},
-        "sample@ddpm": {"deps": model, "outs": samples},
-        "evaluate@ddpm": {"deps": samples, "outs": [{"path": "metrics/evaluation/ddpm.json", "md5": scores}]},
+        "sample_ddpm": {"deps": model, "outs": samples},
+        "evaluate_ddpm": {"deps": samples, "outs": [{"path": "metrics/evaluation/ddpm.json", "md5": scores}]},
     }
 
 
@@ -371,10 +372,10 @@ def test_a_card_says_data_licence_scores_instrument_and_parameters(judged: dict[
         ("train_ddpm", "outs", {"Data", "How to rebuild it"}),  # another model was trained there
         ("train_ddpm", "deps", {"Data"}),  # on other data
         ("prepare", "outs", {"Data"}),
-        ("sample@ddpm", "deps", {"Scores"}),  # the images that were judged are of another model
-        ("sample@ddpm", "outs", {"Scores"}),
-        ("evaluate@ddpm", "deps", {"Scores"}),
-        ("evaluate@ddpm", "outs", {"Scores"}),
+        ("sample_ddpm", "deps", {"Scores"}),  # the images that were judged are of another model
+        ("sample_ddpm", "outs", {"Scores"}),
+        ("evaluate_ddpm", "deps", {"Scores"}),
+        ("evaluate_ddpm", "outs", {"Scores"}),
     ],
 )
 def test_a_card_claims_nothing_of_another_model(judged: dict[str, Any], stage: str, entries: str, lost: set[str]) -> None:
@@ -440,7 +441,7 @@ def with_mixture() -> None:
         (lambda: Path("out").mkdir(), {}, "OUTPUT out is there already"),
         (no_model, {}, "config.json is missing"),
         (lambda: shutil.rmtree(".dvc"), {}, "change into the checkout"),
-        (with_mixture, {"model": "vae"}, "prior.safetensors is missing: `dvc repro sample@vae` fits it"),
+        (with_mixture, {"model": "vae"}, "prior.safetensors is missing: `dvc repro sample_vae` fits it"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(before: Any, arguments: dict[str, Any], words: str) -> None:

@@ -15,12 +15,12 @@ from scipy.spatial.distance import cdist
 from torch_fidelity import metric_kid, metric_prc
 
 from benchmarks.evaluation import plain
-from rediffuse.errors import UserError
 from rediffuse.evaluation import fidelity as module
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import SEED, class_distances, expected_bias, frechet_distance, inception_score, judge, spread
 from rediffuse.evaluation.manifold import density_coverage
 from rediffuse.params import Evaluate
+from rediffuse.runtime.errors import UserError
 
 SETTINGS = Evaluate(is_splits=4, kid_subsets=5, kid_subset_size=100, neighbours=3, density_neighbours=5, accuracy_images=0)
 Matrix = NDArray[np.float64]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rediffuse.figures.curves import read_curves, write_curves
-from rediffuse.figures.grid import annotate, class_rows, grid, reconstructions, save_png, strip
+from rediffuse.figures.grid import annotate, class_rows, grid, reconstructions, strip
 from rediffuse.figures.latent import latent_map, principal_components, prior_lattice
 from rediffuse.figures.pairs import CELL, GAP, Neighbours, pairs
 from rediffuse.figures.scores import GREY, MODEL, REAL, USELESS, class_chart, score_chart
+from rediffuse.images.files import save_png
+from rediffuse.training.curves import read_curves, write_curves
 
 
 def flat(*values: int, channels: int = 1, size: int = 1) -> np.ndarray:

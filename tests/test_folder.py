@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rediffuse.data import folder as module
-from rediffuse.data.folder import decode, find_images, write_folder
-from rediffuse.data.images import ImageSet, load_images, load_split, save_images
-from rediffuse.data.splits import split_of
-from rediffuse.errors import UserError
+from rediffuse.images.image_set import ImageSet, load_images, load_split, save_images
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources import folder as module
+from rediffuse.sources.folder import decode, find_images, write_folder
+from rediffuse.sources.splits import split_of
 
 SPLITS = ("train", "validation", "test")
 

@@ -14,11 +14,12 @@ from toy import dvc, git
 
 from rediffuse.commands.generate import generate
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.errors import UserError
-from rediffuse.generation import formats
+from rediffuse.images import files as formats
 from rediffuse.params import load_params
-from rediffuse.shards import SHARD, shard_generator
-from rediffuse.training.checkpoint import load_model
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.shards import SHARD, shard_generator
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.guidance import guided
 from rediffuse.vae.model import VAE
 from stages import sample
 
@@ -84,7 +85,7 @@ def test_one_step_is_the_denoiser_applied_to_noise(checkout):
     x_T = torch.randn(SHARD, *SHAPE, generator=shard_generator(7, 1))
     labels = torch.full((SHARD,), 2)
     with torch.no_grad():
-        x_0 = denoiser.denoise()(x_T, torch.full((SHARD,), T), labels)
+        x_0 = guided(denoiser)(x_T, torch.full((SHARD,), T), labels)
     expected = np.floor((np.clip(x_0.numpy(), -1, 1) + 1) / 2 * 255 + 0.5).astype(np.uint8)
     images = images_of(n=2 * SHARD, seed=7, label="Bag", steps=1)[SHARD:]
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1  # a grey level where the rounding is a tie
@@ -155,7 +156,7 @@ def test_a_model_in_any_folder_is_drawn_from(checkout, tmp_path):
 
 def test_generate_draws_from_the_mixture_of_the_stage(checkout):
     root = checkout(sample__vae__prior="mixture")
-    assert "dvc repro sample@vae" in message("vae")
+    assert "dvc repro sample_vae" in message("vae")
     with torch.inference_mode():
         sample.draw_vae(load_params(), Path("data/samples/vae"), root / "plots")
     with np.load("data/samples/vae/3.npz") as file:

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from rediffuse.training.adamw import AdamW
 from torch import Tensor, nn
 
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config
+from rediffuse.diffusion.step import DenoisingStep, denoiser_config
 from rediffuse.diffusion.unet import ResidualBlock
 from rediffuse.params import load_params
-from rediffuse.training.adamw import AdamW
-from rediffuse.training.hardware import compile_parts, make_deterministic
+from rediffuse.runtime.device import compile_parts, make_deterministic
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
-from rediffuse.vae.task import VAEStep, vae_config
+from rediffuse.vae.step import VAEStep, vae_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = load_params(ROOT / "params.yaml")

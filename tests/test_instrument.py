@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
 from rediffuse.evaluation.classifier import WEIGHTS, load_shipped
 from rediffuse.evaluation.features import Features, load_features, save_features
 from rediffuse.evaluation.instruments import Instrument, check_available, make_instrument, open_instrument
-from rediffuse.files import write_json
+from rediffuse.images.image_set import ImageSet
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import write_json
 
 ID = "fashion-mnist-cnn-v1"
 SHA256 = "e84baefed7afb1252060b4d825a056f476da5939cbea6acc4b7758fa900820ea"  # numbers were published with these weights

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from rediffuse import params
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
 from rediffuse.evaluation import accuracy_score, instruments, label_free, pretrained
 from rediffuse.evaluation.accuracy_score import classification_accuracy_score
 from rediffuse.evaluation.classifier import Classifier
 from rediffuse.evaluation.instruments import NAMES, Instrument, check_available, make_instrument, open_instrument
 from rediffuse.evaluation.train_classifier import Recipe, _shifted, accuracy, train_classifier
+from rediffuse.images.image_set import ImageSet
+from rediffuse.runtime.errors import UserError
 
 SHAPE = (1, 19, 16)
 CLASSES = ("horizontal", "vertical", "blank")

@@ -12,7 +12,7 @@ from toy import FOREIGN, add_row, client, commit, copy_repository, dvc, experime
 from rediffuse.cli import main
 from rediffuse.commands.keep import keep
 from rediffuse.commands.rebuild import rebuild
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 

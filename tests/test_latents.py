@@ -13,12 +13,12 @@ import torch
 from tiny_checkout import write_params
 
 import rediffuse
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.data.pixels import to_unit
-from rediffuse.errors import UserError
-from rediffuse.generation.latents import measure_latents, open_latents
-from rediffuse.generation.space import Pixels, open_space
-from rediffuse.training.checkpoint import save_model
+from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.images.pixels import to_unit
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import save_model
+from rediffuse.sampling.space import Pixels, open_space
+from rediffuse.vae.latents import measure_latents, open_latents
 from rediffuse.vae.model import VAE
 from stages import encode, sample, train_ddpm
 

@@ -9,7 +9,6 @@ import pytest
 import scipy.stats
 import torch
 
-from rediffuse.errors import UserError
 from rediffuse.evaluation import memorisation as module
 from rediffuse.evaluation.memorisation import (
     Neighbourhood,
@@ -20,6 +19,7 @@ from rediffuse.evaluation.memorisation import (
     nearest,
     save_neighbourhood,
 )
+from rediffuse.runtime.errors import UserError
 
 SHAPE = (1, 8, 8)
 

@@ -16,12 +16,13 @@ from tiny_checkout import SHAPE, T, make_checkout
 
 import rediffuse
 from rediffuse.cli import main
-from rediffuse.data.pixels import from_unit, to_signed, to_unit
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.likelihood import variational_bound
-from rediffuse.errors import UserError
-from rediffuse.shards import shard_generator
-from rediffuse.training.checkpoint import load_model
+from rediffuse.images.pixels import from_unit, to_signed, to_unit
+from rediffuse.inference.likelihood import variational_bound
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.shards import shard_generator
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.guidance import guided
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import bits_per_dim, elbo
 
@@ -92,7 +93,7 @@ def test_bits_are_those_of_the_bounds() -> None:
     with torch.inference_mode():
         eps = torch.randn(64, vae.latent_dim, generator=shard_generator(7, 0))
         nats = elbo(vae, to_unit(torch.from_numpy(whole)), eps).total[:2]
-        bound = variational_bound(denoiser.denoise(), denoiser.schedule, to_signed(torch.from_numpy(whole)), None, shard_generator(7, 0))
+        bound = variational_bound(guided(denoiser), denoiser.schedule, to_signed(torch.from_numpy(whole)), None, shard_generator(7, 0))
     assert rediffuse.load("vae").nll(images, seed=7).tolist() == pytest.approx([bits_per_dim(vae, each) for each in nats.tolist()])
     assert rediffuse.load("ddpm").nll(images, seed=7).tolist() == pytest.approx(bound.total[:2].tolist())
 

@@ -20,7 +20,7 @@ from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
 
 from rediffuse.commands.generate import generate
 from rediffuse.commands.promote import promote
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.models import directory_md5, log_models
 from rediffuse.tracking.store import connect, experiment_id
 

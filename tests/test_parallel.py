@@ -22,19 +22,19 @@ from test_training import start, workspace
 from torch import Tensor
 
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import DenoisingStep, denoiser_config, validate
-from rediffuse.errors import UserError
+from rediffuse.diffusion.step import DenoisingStep, denoiser_config, validate
 from rediffuse.evaluation.classifier import load_shipped
 from rediffuse.evaluation.features import Features
-from rediffuse.generation.ddpm import ddpm_shards
 from rediffuse.params import load_params
-from rediffuse.shards import draw
-from rediffuse.training import distributed
+from rediffuse.runtime import processes as distributed
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.shards import draw
+from rediffuse.sampling.ddpm import ddpm_shards
 from rediffuse.training.checkpoint import Checkpoint
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import ELBO, training_loss
-from rediffuse.vae.task import VAEStep, measure, vae_config
+from rediffuse.vae.step import VAEStep, measure, vae_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = load_params(ROOT / "params.yaml")

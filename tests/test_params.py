@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rediffuse.errors import UserError
 from rediffuse.params import Params, flatten, load_params
+from rediffuse.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

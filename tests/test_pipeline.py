@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 INSTRUMENT = "fashion-mnist-cnn-v1"
-STAGES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample@vae", "sample@ddpm", "evaluate@vae", "evaluate@ddpm"]
+STAGES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample_vae", "sample_ddpm", "evaluate_vae", "evaluate_ddpm"]
 TINY = {
     "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
     "ddpm": {"width": 8, "T": 50},
@@ -198,7 +198,7 @@ def experiment(checkout):
 
 
 def test_an_experiment_runs_only_what_depends_on_it(experiment):
-    assert experiment == ["train_ddpm", "sample@ddpm", "evaluate@ddpm"]
+    assert experiment == ["train_ddpm", "sample_ddpm", "evaluate_ddpm"]
 
 
 def test_an_experiment_is_compared_by_dvc(checkout, experiment):

@@ -21,7 +21,7 @@ from rediffuse.cli import main
 from rediffuse.commands.rebuild import rebuild
 from rediffuse.commands.revision import read_lock
 from rediffuse.commands.verdict import STATUS, Metric, Output, compare_outputs, first_diverging, judge, spread_of
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.environment import describe_environment, environment_digest
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -428,8 +428,8 @@ def test_verdict_is_the_exit_status(verdict: str, status: int, monkeypatch: pyte
 
     monkeypatch.setattr("rediffuse.commands.rebuild.rebuild", pretend)
     assert CliRunner().invoke(main, ["rebuild", "tidy-ox"]).exit_code == status
-    assert CliRunner().invoke(main, ["rebuild", "tidy-ox", "--stage", "sample@vae", "--keep"]).exit_code == status
-    assert asked == [("tidy-ox", None, False), ("tidy-ox", "sample@vae", True)]
+    assert CliRunner().invoke(main, ["rebuild", "tidy-ox", "--stage", "sample_vae", "--keep"]).exit_code == status
+    assert asked == [("tidy-ox", None, False), ("tidy-ox", "sample_vae", True)]
 
 
 def test_refusal_is_an_error_and_help_tells_the_statuses(root: Path) -> None:

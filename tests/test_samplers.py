@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.samplers import SAMPLERS, SIGMA_MAX, SIGMA_MIN, SPACINGS, even_times, karras_times
 from rediffuse.diffusion.schedule import LOG_ALPHA_BAR, Schedule
+from rediffuse.sampling.samplers import SAMPLERS, SIGMA_MAX, SIGMA_MIN, SPACINGS, even_times, karras_times
 
 NAMES = list(LOG_ALPHA_BAR)
 RANDOM = ["ddpm", "sde-dpm-solver++"]

@@ -22,10 +22,10 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-from rediffuse.data.images import ImageSet
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import expected_bias, frechet_distance, judge
 from rediffuse.evaluation.instruments import Instrument, make_instrument, open_instrument
+from rediffuse.images.image_set import ImageSet
 from rediffuse.params import Evaluate
 
 INSTRUMENTS = ("fashion-mnist-cnn-v1", "random-conv-v1", "pixel-pca-v1")
@@ -162,7 +162,7 @@ from pathlib import Path
 import numpy as np
 from rediffuse.evaluation.fidelity import judge
 from rediffuse.evaluation.instruments import make_instrument
-from rediffuse.data.images import ImageSet
+from rediffuse.images.image_set import ImageSet
 from rediffuse.params import Evaluate
 folder, names, settings = Path(sys.argv[1]), json.loads(sys.argv[2]), Evaluate(**json.loads(sys.argv[3]))
 arrays = np.load(folder / "arrays.npz")

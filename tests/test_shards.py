@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rediffuse.shards import SHARD, draw, shard_generator
+from rediffuse.runtime.shards import SHARD, draw, shard_generator
 
 
 def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:

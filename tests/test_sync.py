@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
 
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.identity import experiments
 from rediffuse.tracking.lineage import lineage_of_checkout
 from rediffuse.tracking.store import connect
@@ -133,7 +133,7 @@ def test_a_stage_counts_only_if_all_before_it_are_up_to_date(repository: Path) -
 def test_row_of_a_run_gets_the_final_lock(repository: Path) -> None:
     run(repository, "dvc", "exp", "run", "-n", "more", "-S", "ddpm.T=1000")
     row = rows(repository)["more"]
-    assert statuses(row) == {"prepare": "cached", "train_ddpm": "finished", "evaluate@ddpm": "finished"}
+    assert statuses(row) == {"prepare": "cached", "train_ddpm": "finished", "evaluate_ddpm": "finished"}
     assert "dvc.exp_rev" not in row.data.tags and row.data.tags["rediffuse.state"]
     (outcome,) = sync()  # the files are the experiment's, so they make no second row
     assert (outcome.name, outcome.what) == ("more", "completed")

@@ -14,8 +14,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from rediffuse.data.torchvision_sets import CONTENT, DIGITS, load_cifar10, load_mnist
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
+from rediffuse.sources.torchvision_sets import CONTENT, DIGITS, load_cifar10, load_mnist
 
 datasets = pytest.importorskip("torchvision.datasets")
 random = np.random.RandomState(0)

@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rediffuse.figures.curves import write_curves
 from rediffuse.params import Params, flatten, load_params
 from rediffuse.tracking.identity import identify
 from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
 from rediffuse.tracking.row import Run, stage_run
 from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri
 from rediffuse.tracking.writer import RowWriter
+from rediffuse.training.curves import write_curves
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
@@ -110,7 +110,7 @@ def test_stages_of_one_experiment_share_one_row(repository: Path, params: Params
         run.log_metrics({"train_ddpm/loss": 0.5})
         assert only_row(repository).info.status == "RUNNING"
         assert only_row(repository).data.tags["stage.train_ddpm.status"] == "running"
-    with stage_run("sample@ddpm", params):
+    with stage_run("sample_ddpm", params):
         pass
     row = only_row(repository)
     assert row.info.run_name == "it's-ours"
@@ -269,8 +269,8 @@ def test_more_points_than_a_batch_are_all_logged_in_time_order(repository: Path,
 
 def test_stage_that_failed_goes_on_in_its_row_keeps_equal_numbers_and_replaces_others(repository: Path, params: Params) -> None:
     with pytest.raises(RuntimeError):
-        stop_stage("evaluate@ddpm", params, RuntimeError(), lambda run: run.log_metrics({"ddpm/fd": 9.0, "ddpm/is": 2.0}))
-    with stage_run("evaluate@ddpm", params) as run:
+        stop_stage("evaluate_ddpm", params, RuntimeError(), lambda run: run.log_metrics({"ddpm/fd": 9.0, "ddpm/is": 2.0}))
+    with stage_run("evaluate_ddpm", params) as run:
         run.log_metrics({"ddpm/fd": 3.0, "ddpm/is": 2.0})
     assert only_row(repository).data.metrics["ddpm/fd"] == 3.0
     assert history(repository, "ddpm/is") == [(0, 2.0)]
@@ -308,7 +308,7 @@ def test_an_experiment_tried_again_with_other_parameters_is_a_new_attempt(
         stop_stage("train_ddpm", params, RuntimeError("no luck"), lambda run: None)
     other = params.model_copy(update={"seed": 7})
     attempt("train_ddpm", other, 1.0)
-    attempt("evaluate@ddpm", other, 2.0)
+    attempt("evaluate_ddpm", other, 2.0)
     old, new = sorted(rows(repository), key=lambda row: row.data.tags["rediffuse.attempt"])
     assert (old.data.params["seed"], new.data.params["seed"]) == ("1", "7")
     assert old.data.tags["rediffuse.superseded"] == "true" and old.info.status == "FAILED"
@@ -326,9 +326,9 @@ def test_another_checkout_that_writes_to_the_same_store_has_a_row_of_its_own(
         run.log_metrics({"a": 1.0})
         with contextlib.chdir(clone):  # while the first is running
             attempt("train_vae", params, 2.0)
-            attempt("evaluate@vae", params, 2.0)
+            attempt("evaluate_vae", params, 2.0)
         run.log_metrics({"a": 2.0})
-    attempt("evaluate@vae", params, 1.0)
+    attempt("evaluate_vae", params, 1.0)
     ours, theirs = sorted(rows(repository), key=lambda row: row.info.start_time)
     assert ours.data.tags["rediffuse.key"] == theirs.data.tags["rediffuse.key"]
     assert numbers(ours) == {"a": 2.0, "evaluate_vae/value": 1.0}
@@ -363,7 +363,7 @@ def test_full_record_is_kept_as_a_file_and_gives_no_numbers(repository: Path, pa
     classes = Path("metrics/plots/evaluate_ddpm/classes.csv")
     classes.parent.mkdir(parents=True)
     classes.write_text("class,fd\nbag,1.5\n")
-    with stage_run("evaluate@ddpm", params) as run:
+    with stage_run("evaluate_ddpm", params) as run:
         run.log_results(record, classes)
     row = only_row(repository)
     assert numbers(row) == {}
@@ -390,12 +390,12 @@ def test_picture_elsewhere_has_no_name() -> None:
 
 
 def test_names_and_values_are_made_to_fit_mlflow(repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert legal("sample@ddpm/fd+ü (%)") == "sample_ddpm/fd__ ___"
+    assert legal("sample_ddpm/fd+ü (%)") == "sample_ddpm/fd__ ___"
     odd = {"data.set": "x" * 7000, "data.f*lter": [1, 2]}
     monkeypatch.setattr("rediffuse.tracking.row.flatten", lambda _: odd)
     for _ in range(2):
         with pytest.raises(ValueError, match="é"):
-            stop_stage("sample@ddpm", params, ValueError("é" * 9000), lambda run: run.log_metrics({"a@b%c": 1.0, "n" * 300: 2.0}))
+            stop_stage("sample_ddpm", params, ValueError("é" * 9000), lambda run: run.log_metrics({"a@b%c": 1.0, "n" * 300: 2.0}))
     row = only_row(repository)
     assert row.data.params == {"data.set": "x" * 5997 + "...", "data.f_lter": "[1, 2]"}
     assert numbers(row) == {"a_b_c": 1.0, "n" * 250: 2.0}
@@ -408,7 +408,7 @@ def test_pictures_stand_in_the_image_grid_once(repository: Path, params: Params)
     picture = np.random.default_rng(0).integers(0, 256, (30, 600), dtype=np.uint8)
     for shade, end in ((picture, pytest.raises(RuntimeError)), (255 - picture, contextlib.nullcontext())):
         Image.fromarray(shade).save(folder / "samples.png")
-        with end, stage_run("sample@ddpm", params) as run:
+        with end, stage_run("sample_ddpm", params) as run:
             run.log_results(folder)
             run.log_image("ddpm/steps", 40, folder / "samples.png")
             if shade is picture:
@@ -473,7 +473,7 @@ def deaf_server() -> Iterator[str]:
 def run_everything(params: Params) -> bool:
     """A stage that calls each method; whether its body came to the end."""
     Image.new("L", (4, 4)).save(".dvc/x.png")
-    with stage_run("evaluate@ddpm", params, complete=True) as run:
+    with stage_run("evaluate_ddpm", params, complete=True) as run:
         for step in range(3):
             run.log_curve(step, {"ddpm/loss": 1.0})
         run.log_metrics({"ddpm/fd": 1.0})
@@ -510,7 +510,7 @@ def test_stage_goes_on_without_a_store(
     assert run_everything(params)
     assert time.monotonic() - began < 10
     said = capsys.readouterr().err
-    assert said.count("tracking is off for the rest of stage evaluate@ddpm") == 1
+    assert said.count("tracking is off for the rest of stage evaluate_ddpm") == 1
     assert len(said.strip().splitlines()) == 1
 
 

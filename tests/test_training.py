@@ -25,12 +25,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import stages
-from rediffuse.data.images import ImageSet, save_images
-from rediffuse.errors import UserError
+from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Training, load_params
-from rediffuse.training import hardware, loop
-from rediffuse.training.checkpoint import Checkpoint, fingerprint, load_model, resumable, save_model
-from rediffuse.training.hardware import autocast, computes_bfloat16, seed_for
+from rediffuse.runtime import device as hardware
+from rediffuse.runtime.device import autocast, computes_bfloat16, seed_for
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import load_model, save_model
+from rediffuse.training import loop
+from rediffuse.training.checkpoint import Checkpoint, fingerprint, resumable
 from rediffuse.training.loop import Curves, Trainer
 from rediffuse.vae.model import VAE
 

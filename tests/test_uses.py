@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.inpainting import repaint
-from rediffuse.diffusion.inversion import invert, slerp
-from rediffuse.diffusion.likelihood import LEVELS, stratified_times, variational_bound
-from rediffuse.diffusion.samplers import ddim, even_times
 from rediffuse.diffusion.schedule import Schedule
+from rediffuse.inference.inpainting import repaint
+from rediffuse.inference.inversion import invert, slerp
+from rediffuse.inference.likelihood import LEVELS, stratified_times, variational_bound
+from rediffuse.sampling.samplers import ddim, even_times
 
 f64 = torch.float64
 

@@ -25,7 +25,7 @@ from rediffuse.vae.objective import (
     training_loss,
 )
 from rediffuse.vae.prior import fit_mixture, mixture, posterior_means, standard_normal
-from rediffuse.vae.task import VAEStep, final_measures, measure, vae_config
+from rediffuse.vae.step import VAEStep, final_measures, measure, vae_config
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").vae
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import yaml
 
-from rediffuse.data.images import ImageSet, save_images
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.task import denoiser_config
+from rediffuse.diffusion.step import denoiser_config
+from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Params, load_params
-from rediffuse.training.checkpoint import save_model
+from rediffuse.runtime.weights import save_model
 from rediffuse.vae.model import VAE
-from rediffuse.vae.task import vae_config
+from rediffuse.vae.step import vae_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLASSES = ("T-shirt/top", "Ankle boot", "Bag")

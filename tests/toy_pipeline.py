@@ -12,17 +12,17 @@ from rediffuse.tracking.store import connect
 PROJECT = Path(__file__).resolve().parents[1]
 # What in the environment steers DVC, MLflow or tracking.
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
-STAGES = ["prepare", "train_ddpm", "evaluate@ddpm"]
+STAGES = ["prepare", "train_ddpm", "evaluate_ddpm"]
 
 STAGE = """
 import json, pathlib, sys
 import yaml
 from PIL import Image
-from rediffuse.figures.curves import write_curves
+from rediffuse.training.curves import write_curves
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 stage, params = sys.argv[1], load_params()
-with stage_run(stage, params, complete=stage == "evaluate@ddpm") as run:
+with stage_run(stage, params, complete=stage == "evaluate_ddpm") as run:
     if stage == "prepare":
         folder = pathlib.Path("data/prepared")
         folder.mkdir(parents=True)
@@ -40,7 +40,7 @@ with stage_run(stage, params, complete=stage == "evaluate@ddpm") as run:
         Image.new("L", (4, 4), params.ddpm.T % 256).save(plots / "images" / "noising.png")
         pathlib.Path("metrics/train_ddpm.json").write_text(json.dumps({"loss": params.ddpm.T / 20}))
         run.log_results(pathlib.Path("metrics/train_ddpm.json"), plots)
-    if stage == "evaluate@ddpm":
+    if stage == "evaluate_ddpm":
         loss = json.loads(pathlib.Path("metrics/train_ddpm.json").read_text())["loss"]
         pathlib.Path("metrics/evaluation").mkdir(parents=True, exist_ok=True)
         pathlib.Path("metrics/evaluation/ddpm.json").write_text(json.dumps({"scores": {"fd": loss + params.evaluate.neighbours}}))
@@ -60,14 +60,12 @@ stages:
     params: [ddpm]
     metrics: [{metrics/train_ddpm.json: {cache: false}}]
     plots: [{metrics/plots/train_ddpm/training.csv: {cache: false}}, metrics/plots/train_ddpm/images]
-  evaluate:
-    foreach: [ddpm]
-    do:
-      cmd: python stage.py evaluate@${item}
-      deps: [metrics/train_ddpm.json, stage.py]
-      params: [evaluate]
-      metrics: [{metrics/ddpm.json: {cache: false}}]
-      plots: [{metrics/evaluation/ddpm.json: {cache: false}}]
+  evaluate_ddpm:
+    cmd: python stage.py evaluate_ddpm
+    deps: [metrics/train_ddpm.json, stage.py]
+    params: [evaluate]
+    metrics: [{metrics/ddpm.json: {cache: false}}]
+    plots: [{metrics/evaluation/ddpm.json: {cache: false}}]
 """
 
 

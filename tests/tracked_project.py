@@ -20,7 +20,7 @@ TRAIN = """
 import json, os, time
 from pathlib import Path
 from PIL import Image
-from rediffuse.figures.curves import write_curves
+from rediffuse.training.curves import write_curves
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rediffuse.commands.uses import load as load
+    from rediffuse.commands.coding import load as load
 
 __version__ = "0.1.0"
 
@@ -17,5 +17,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`load`, when it is asked for (PEP 562): it needs what no stage does."""
     if name == "load":
-        return importlib.import_module("rediffuse.commands.uses").load
+        return importlib.import_module("rediffuse.commands.coding").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import rediffuse
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 
 class Commands(click.Group):
@@ -169,7 +169,7 @@ def reconstruct(output: str, images: tuple[str, ...], model: str, label: str | N
     Example:
       rediffuse reconstruct out.png --model vae boot.png shirt.jpg
     """
-    from rediffuse.commands.uses import reconstruct as command
+    from rediffuse.commands.coding import reconstruct as command
 
     click.echo(command(output, images, model=model, label=label, steps=steps))
 
@@ -189,7 +189,7 @@ def interpolate(output: str, a: str, b: str, n: int, model: str, label: str | No
       rediffuse interpolate out.png boot.png shirt.jpg
       rediffuse interpolate out.png 1 2 --model vae
     """
-    from rediffuse.commands.uses import interpolate as command
+    from rediffuse.commands.coding import interpolate as command
 
     click.echo(command(output, (a, b), n=n, model=model, label=label, steps=steps))
 
@@ -210,7 +210,7 @@ def inpaint(output: str, image: str, mask: str, n: int, seed: int, rounds: int, 
     Example:
       rediffuse inpaint out.png boot.png mask.png --label "ankle boot"
     """
-    from rediffuse.commands.uses import inpaint as command
+    from rediffuse.commands.coding import inpaint as command
 
     click.echo(command(output, image, mask, n=n, seed=seed, model=model, label=label, steps=steps, rounds=rounds))
 
@@ -230,7 +230,7 @@ def nll(images: tuple[str, ...], seed: int, evaluations: int | None, as_json: bo
     Example:
       rediffuse nll --evaluations 50 boot.png shirt.jpg
     """
-    from rediffuse.commands.uses import nll as command
+    from rediffuse.commands.coding import nll as command
 
     click.echo(command(images, model=model, label=label, seed=seed, evaluations=evaluations, as_json=as_json))
 
@@ -298,7 +298,7 @@ def rebuild(row: str, stage: str | None, keep: bool) -> None:
     Examples:
       rediffuse rebuild tidy-ox
       rediffuse rebuild 3f2a9c0d41e84c5f8f0c1a2b3c4d5e6f --keep
-      rediffuse rebuild tidy-ox --stage evaluate@ddpm
+      rediffuse rebuild tidy-ox --stage evaluate_ddpm
     """
     from rediffuse.commands import rebuild as command
     from rediffuse.commands.verdict import STATUS

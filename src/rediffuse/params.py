@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 
 def _number(value: Any) -> Any:

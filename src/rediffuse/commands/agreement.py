@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rediffuse.commands.clone import Stage
-from rediffuse.commands.git import file_at
 from rediffuse.commands.revision import Entries, Recipe, Revision, read_lock
 from rediffuse.commands.verdict import hashes
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.git import file_at
 from rediffuse.tracking.results import legal
 
 if TYPE_CHECKING:

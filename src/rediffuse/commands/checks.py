@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.identity import CODE, git
 
 if TYPE_CHECKING:

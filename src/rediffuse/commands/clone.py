@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rediffuse.commands.git import FOREIGN, GitError, commit_of, git
 from rediffuse.commands.revision import Revision
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.git import FOREIGN, GitError, commit_of, git
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeGuard
 
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 Record = Mapping[str, Any]
 

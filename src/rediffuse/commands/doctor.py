@@ -18,7 +18,7 @@ from typing import Any
 from rediffuse.commands import checks, machine
 from rediffuse.commands.checks import Finding, counted
 from rediffuse.commands.machine import Environment
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.store import checkout_root, repository_root, tracking_uri
 
 Check = tuple[str, Callable[[], list[Finding]]]  # what is looked at, for the line of a check that breaks

@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rediffuse.commands.git import GitError, commit_of, file_at, git
 from rediffuse.commands.records import root_of_checkout
-from rediffuse.errors import UserError
-from rediffuse.generation.card import CARD, COMMIT, USAGE
-from rediffuse.generation.formats import PRIOR
-from rediffuse.generation.settings import SAMPLING, Kind, kind_of, label_of, read_config, sampling_settings
+from rediffuse.inference.card import CARD, COMMIT, USAGE
+from rediffuse.inference.settings import SAMPLING, Kind, kind_of, label_of, read_config, sampling_settings
 from rediffuse.params import load_params
+from rediffuse.runtime.errors import UserError
+from rediffuse.sampling.vae import PRIOR
+from rediffuse.tracking.git import GitError, commit_of, file_at, git
 from rediffuse.tracking.identity import PASSWORD
 from rediffuse.tracking.models import card_of, directory_md5, model_files
 
@@ -42,7 +42,7 @@ def _write(kind: Kind, folder: Path, checkout: Path, target: Path, form: str, la
     """Write the files of the format into a new folder.  Returns what the model card says of their use."""
     config = read_config(folder)
     if form == "diffusers":
-        from rediffuse.export.to_diffusers import diffusers_files, diffusers_usage
+        from rediffuse.inference.to_diffusers import diffusers_files, diffusers_usage
 
         number = None if label is None else label_of(label, kind, config.get("class_names", []))
         _write_files(target, diffusers_files(kind, folder, config, number))
@@ -50,11 +50,11 @@ def _write(kind: Kind, folder: Path, checkout: Path, target: Path, form: str, la
     try:
         files = model_files(kind, folder, sampling_settings(load_params(checkout / "params.yaml"), kind), checkout)
     except FileNotFoundError as error:
-        raise UserError(f"sample.vae.prior is mixture, but {error.filename} is missing: `dvc repro sample@vae` fits it") from None
+        raise UserError(f"sample.vae.prior is mixture, but {error.filename} is missing: `dvc repro sample_vae` fits it") from None
     if form == "folder":
         _write_files(target, files)
         return USAGE
-    from rediffuse.export.to_onnx import onnx_usage, write_onnx
+    from rediffuse.inference.to_onnx import onnx_usage, write_onnx
 
     _write_files(target, {name: files[name] for name in (SAMPLING, PRIOR) if name in files})
     write_onnx(kind, folder, config, target)

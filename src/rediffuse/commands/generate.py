@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rediffuse.errors import UserError
-from rediffuse.generation.settings import KINDS, SAMPLING, kind_of, pack_settings, packed_settings, sampling_settings
+from rediffuse.inference.settings import KINDS, SAMPLING, kind_of, pack_settings, packed_settings, sampling_settings
 from rediffuse.params import load_params
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.store import checkout_root
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rediffuse.generation.model import ImageModel
+    from rediffuse.inference.model import ImageModel
 
 COLUMNS = 10  # of a grid
 
@@ -56,8 +56,8 @@ def generate(
 @contextmanager
 def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]:
     """The model that the user means, loaded, for the length of the block.  Raises UserError if there is none."""
-    from rediffuse.generation.formats import PRIOR
-    from rediffuse.generation.model import load_image_model
+    from rediffuse.inference.model import load_image_model
+    from rediffuse.sampling.vae import PRIOR
 
     with tempfile.TemporaryDirectory(prefix="rediffuse-") as temporary:
         prior = None
@@ -86,7 +86,7 @@ def _of_revision(name: str, folder: Path) -> Path:
     from dvc.api import DVCFileSystem  # takes a second to import
 
     from rediffuse.commands.records import commit_called, split_name
-    from rediffuse.generation.formats import PRIOR
+    from rediffuse.sampling.vae import PRIOR
 
     revision, kind = split_name(name)
     commit, root = commit_called(revision), _checkout()
@@ -168,8 +168,8 @@ def checked_target(output: str) -> Path:
 
 def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, *, columns: int = COLUMNS) -> None:
     """Write the images wholly or not at all."""
-    from rediffuse.figures.grid import grid, save_png
-    from rediffuse.generation.formats import encode_png, save_npz
+    from rediffuse.figures.grid import grid
+    from rediffuse.images.files import encode_png, save_npz, save_png
 
     if target.suffix.lower() == ".png":
         save_png(grid(images, min(len(images), columns), scale=2), target)

@@ -11,10 +11,10 @@ import click
 
 from rediffuse.commands.agreement import differing_sources
 from rediffuse.commands.clone import Stage, dvc, read_pipeline, remotes_of, run_dvc
-from rediffuse.commands.git import GitError, commit_of, file_at, git, object_of, remotes
 from rediffuse.commands.revision import Recipe, experiment_ref, find_experiment, other_recipe, read_lock, read_recipe
 from rediffuse.commands.rows import find_row
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.git import GitError, commit_of, file_at, git, object_of, remotes
 from rediffuse.tracking.store import repository_root
 
 if TYPE_CHECKING:

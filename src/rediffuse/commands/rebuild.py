@@ -17,7 +17,7 @@ from rediffuse.commands.clone import Stage, bring_inputs, cloned, hash_of, read_
 from rediffuse.commands.revision import Entries, find_revision, read_lock, read_recipe
 from rediffuse.commands.rows import NotInStoreError, artifacts, download, find_row, read_artifact
 from rediffuse.commands.verdict import compare_metrics, compare_outputs, first_diverging, hashes, judge, table
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.results import legal, read_metrics
 from rediffuse.tracking.store import repository_root
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rediffuse.commands.rows import NotInStoreError, artifacts, download, look_up
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.identity import experiments
 from rediffuse.tracking.store import checkout_root
 
@@ -115,9 +115,9 @@ def _record_of(source: Source, model: str) -> Record:
     if model not in source.files:
         have = ", ".join(source.files)
         raise UserError(
-            f"{source.name} ({source.origin}) has no record of {model}, only of {have}: make it there with `dvc repro evaluate@{model}`"
+            f"{source.name} ({source.origin}) has no record of {model}, only of {have}: make it there with `dvc repro evaluate_{model}`"
         )
-    remedy = f"make it anew there with `dvc repro evaluate@{model}`"
+    remedy = f"make it anew there with `dvc repro evaluate_{model}`"
     try:
         record = json.loads(source.files[model], parse_constant=lambda _: None)  # NaN is no JSON: a missing number
     except ValueError as error:  # not JSON, or not UTF-8

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rediffuse.commands.git import GitError, commit_of, file_at, git, remotes
 from rediffuse.commands.rows import read_artifact
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.git import GitError, commit_of, file_at, git, remotes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.identity import PASSWORD
 from rediffuse.tracking.store import EXPERIMENT, connect, repository_root, tracking_uri
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from rediffuse.diffusion.samplers import Denoise
 from rediffuse.diffusion.schedule import Name, Predict, Schedule
 from rediffuse.diffusion.unet import UNet
 
@@ -54,22 +52,3 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         output: Tensor = self.unet(x_t, t / self.schedule.T, labels)
         return output.float()
-
-    def denoise(self, *, guidance_scale: float = 1.0) -> Denoise:
-        """D(x_t, t, labels) -> x_0, in [-1, 1] if clipped, for the samplers.
-
-        guidance_scale w: output = none + w (conditional - none) (Ho & Salimans 2022, in the form where 1 is no guidance).
-        """
-
-        def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            if guidance_scale == 1 or labels is None:
-                output = self(x_t, t, labels)
-            else:
-                none = torch.full_like(labels, self.classes)
-                both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, none]))
-                conditional, unconditional = both.chunk(2)
-                output = torch.lerp(unconditional, conditional, guidance_scale)
-            x_0 = self.schedule.x_0_from(self.predict, output, x_t, t)
-            return x_0.clamp(-1, 1) if self.clip else x_0
-
-        return denoise

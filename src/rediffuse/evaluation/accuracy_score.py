@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rediffuse.errors import UserError
 from rediffuse.evaluation.train_classifier import Recipe, accuracy, train_classifier
+from rediffuse.runtime.errors import UserError
 
 CHANNELS = (32, 64)
 IMAGES = 50_000  # seen in training, however many there are: ten times each of 5,000

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rediffuse.data.pixels import to_signed
-from rediffuse.errors import UserError
+from rediffuse.images.pixels import to_signed
+from rediffuse.runtime.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = ("fashion-mnist-cnn-v1",)

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rediffuse.errors import UserError
-from rediffuse.files import replace_file
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file
 
 
 @dataclass(frozen=True, eq=False)

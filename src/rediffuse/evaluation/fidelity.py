@@ -27,10 +27,10 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from rediffuse.errors import UserError
 from rediffuse.evaluation.features import Features, check_features
 from rediffuse.evaluation.manifold import density_coverage
 from rediffuse.params import Evaluate
+from rediffuse.runtime.errors import UserError
 
 SEED = 2020  # of the shuffle before the splits of IS, and of the subsets of KID and FD at infinity: part of the ruler, not of an experiment
 ROWS = 1000  # in one block of the distance matrices of precision and recall: 1000 x N float64

@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
 from rediffuse.evaluation import label_free, pretrained
 from rediffuse.evaluation.classifier import ARCHITECTURE, SHIPPED, build_classifier, load_shipped, load_weights
 from rediffuse.evaluation.features import Features, check_features
 from rediffuse.evaluation.label_free import PixelPCA, RandomConv, fit_pixel_pca, fit_random_conv
-from rediffuse.evaluation.samples import check_images
 from rediffuse.evaluation.train_classifier import Recipe, set_scale, train_classifier
-from rediffuse.files import replace_file, write_json
-from rediffuse.training.distributed import barrier, dealt, gather, is_main
+from rediffuse.images.image_set import ImageSet, check_images
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file, write_json
+from rediffuse.runtime.processes import barrier, dealt, gather, is_main
 
 Record = dict[str, Any]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, pad
 from tqdm import tqdm
 
-from rediffuse.errors import UserError
+from rediffuse.runtime.errors import UserError
 
 SEED = 2020  # of the random filters
 DIMENSION = 64

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from rediffuse.errors import UserError
-from rediffuse.files import replace_file
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file
 
 Images = NDArray[np.uint8]
 Integers = NDArray[np.int64]

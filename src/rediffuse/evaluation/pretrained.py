@@ -21,8 +21,8 @@ from torch.nn.functional import interpolate
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from tqdm import tqdm
 
-from rediffuse.errors import UserError
-from rediffuse.files import replace_file
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

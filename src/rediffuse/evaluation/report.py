@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
 from rediffuse.evaluation.accuracy_score import classification_accuracy_score
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import SEED, class_distances, expected_bias, frechet_distance, inception_score, judge, spread
 from rediffuse.evaluation.instruments import Instrument
-from rediffuse.evaluation.samples import Samples
+from rediffuse.images.image_set import ImageSet
+from rediffuse.images.sample_sets import Samples
 from rediffuse.params import Evaluate
+from rediffuse.runtime.errors import UserError
 
 CEILING = "noise"  # the row of the reference that a position of 1 stands for; 0 is real training images
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rediffuse.data.images import ImageSet
-from rediffuse.errors import UserError
 from rediffuse.evaluation.classifier import CHANNELS, SHIPPED, Classifier
-from rediffuse.files import replace_file, write_json
+from rediffuse.images.image_set import ImageSet
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import replace_file, write_json
 
 BATCH = 250  # images in one pass without gradients
 

@@ -5,15 +5,11 @@ Small images are enlarged by repeating pixels (`scale`), so that each pixel of t
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-
-from rediffuse.files import replace_file
 
 Picture = NDArray[np.uint8]
 
@@ -90,13 +86,6 @@ def shortened(name: str) -> str:
     """A name, of a class for instance, on one line and not too long for a picture."""
     line = " ".join(name.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
-
-
-def save_png(picture: Picture, path: str | Path) -> None:
-    """Write a picture (height, width, 1 or 3) or (height, width) as PNG, without time or software in it."""
-    buffer = io.BytesIO()
-    _image(picture).save(buffer, format="PNG", compress_level=9)
-    replace_file(path, buffer.getvalue())
 
 
 def _image(picture: Picture) -> Image.Image:

@@ -138,7 +138,7 @@ def describe_cuda(torch: Any) -> dict[str, Any]:
 
 
 def _computes_bfloat16(on: Any) -> bool:
-    from rediffuse.training.hardware import computes_bfloat16
+    from rediffuse.runtime.device import computes_bfloat16
 
     return computes_bfloat16(on)
 

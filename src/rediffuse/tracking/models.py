@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rediffuse
-from rediffuse.errors import UserError
-from rediffuse.generation.card import CARD, COMMIT, ROW, USAGE, model_card
-from rediffuse.generation.formats import PRIOR
-from rediffuse.generation.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
+from rediffuse.inference.card import CARD, COMMIT, ROW, USAGE, model_card
+from rediffuse.inference.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
 from rediffuse.params import load_params
+from rediffuse.runtime.errors import UserError
+from rediffuse.sampling.vae import PRIOR
 from rediffuse.tracking.lineage import PREPARED, hashes_of, locked_hashes, locked_stages
 from rediffuse.tracking.store import connect, repository_root, tracking_uri
 
@@ -139,9 +139,9 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
     md5, prepared = directory_md5(folder), hashes("train_" + kind, "deps").get(PREPARED)
     trained = hashes("train_" + kind, "outs").get(model) == md5
     on_these_data = trained and prepared is not None and hashes("prepare", "outs").get(PREPARED) == prepared
-    drawn = hashes("sample@" + kind, "deps").get(model) == md5
-    seen = hashes("sample@" + kind, "outs").get(samples, "") == hashes("evaluate@" + kind, "deps").get(samples)
-    scores = (checkout / report).is_file() and hashes("evaluate@" + kind, "outs").get(report) == _md5((checkout / report).read_bytes())
+    drawn = hashes("sample_" + kind, "deps").get(model) == md5
+    seen = hashes("sample_" + kind, "outs").get(samples, "") == hashes("evaluate_" + kind, "deps").get(samples)
+    scores = (checkout / report).is_file() and hashes("evaluate_" + kind, "outs").get(report) == _md5((checkout / report).read_bytes())
     return model_card(
         kind,
         config=read_config(folder),

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rediffuse.figures.curves import read_curves
+from rediffuse.training.curves import read_curves
 
 
 def legal(name: str) -> str:

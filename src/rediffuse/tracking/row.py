@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import signal
 import sys
 import threading
@@ -34,7 +33,7 @@ from rediffuse.tracking.store import checkout_root, connect, experiment_id, impo
 from rediffuse.tracking.writer import RowWriter, shorten
 
 if TYPE_CHECKING:
-    from rediffuse.tracking.system import SystemMetrics
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 P = ParamSpec("P")
 
@@ -64,8 +63,7 @@ def stage_run(stage: str, params: Params, *, complete: bool = False) -> Iterator
 
 
 def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
-    """Run a method of Run so that neither an error nor a drawn random number gets out.  Within another such method the outer
-    one catches."""
+    """Run a method of Run so that no error gets out.  Within another such method the outer one catches."""
 
     @functools.wraps(method)
     def guarded(run: Run, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -75,14 +73,12 @@ def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concat
             method(run, *args, **kwargs)
             return
         run._guarded = True
-        state = random.getstate()  # MLflow and urllib3 draw pauses between retries from the global generator
         try:
             method(run, *args, **kwargs)
         except Exception as error:
             run._give_up(error)
         finally:
             run._guarded = False
-            random.setstate(state)
 
     return guarded
 
@@ -91,7 +87,7 @@ class Run:
     """What a stage adds to the row.  No method raises because of tracking; each may be called many times."""
 
     _row: RowWriter
-    _system: SystemMetrics | None = None
+    _system: SystemMetricsMonitor | None = None
     _opening: threading.Thread | None = None
     _failure: Exception | None = None  # of the thread
 
@@ -110,8 +106,6 @@ class Run:
             self._early.append((images_seen, values))
             return
         writer = self._open_row()
-        if writer.due():
-            self._take_system_metrics()
         writer.log_curve(images_seen, values)
 
     @_never_fails
@@ -148,9 +142,9 @@ class Run:
             self._failure = error
 
     def _find_row(self, root: Path, uri: str, identity: Identity, params: dict[str, Any]) -> None:
-        from rediffuse.tracking.system import SystemMetrics
-
         import_mlflow()
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         # MLflow makes a new database, an experiment and a run without a lock: two processes would collide or make two rows.
         with row_lock(root):
             client = connect(uri)
@@ -163,7 +157,8 @@ class Run:
             row.set_status("RUNNING")
         if identity.code_diff:
             row.log_content("recipe/code.diff", identity.code_diff)
-        self._row, self._system = row, SystemMetrics()
+        self._row, self._system = row, SystemMetricsMonitor(row.id, resume_logging=True, tracking_uri=uri)
+        self._system.start()
 
     def _open_row(self) -> RowWriter:
         """The row, when it is open.  Raises what went wrong while it was opened."""
@@ -184,8 +179,7 @@ class Run:
 
         row = self._open_row()
         if self._system:
-            self._system.stop()
-        self._take_system_metrics()
+            self._system.finish()
         if error is None:
             row.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
             log_recipe(row, checkout_root())
@@ -204,16 +198,10 @@ class Run:
 
         complete(self._open_row(), lineage_of_checkout(checkout_root(), running=self._stage))
 
-    def _take_system_metrics(self) -> None:
-        for at, values in self._system.take() if self._system else ():
-            since = at - self._row.row.info.start_time / 1000
-            for name, value in values.items():
-                self._row.add_point(name, round(since), value)
-
     def _give_up(self, error: Exception) -> None:
         self._off = True
         if self._system:
-            self._system.stop()
+            self._system.finish()
         reason = PASSWORD.sub("//", shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400))
         warn(f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later): {reason}")
 

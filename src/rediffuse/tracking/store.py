@@ -65,8 +65,7 @@ def row_lock(root: Path) -> FileLock:
 def import_mlflow() -> None:
     """Import MLflow, set to tell nobody what is run here and to fail within seconds where it would try for minutes.  Takes 1.4 s."""
     # A stage must not wait long for a server that is down: MLflow's own defaults are 7 retries of 120 s.
-    # Without jitter, because that is drawn from Python's global random numbers.
-    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "4", "BACKOFF_FACTOR": "1", "BACKOFF_JITTER": "0"}.items():
+    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "4", "BACKOFF_FACTOR": "1"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while MLflow is imported
     os.environ["DO_NOT_TRACK"] = "true"
@@ -75,7 +74,11 @@ def import_mlflow() -> None:
     import mlflow.store.db.utils
 
     mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # the default of 10 waits 101 s for a database that cannot be opened
-    for noisy in ("mlflow.store.db.utils", "urllib3.connectionpool"):  # they tell each retry; we tell the outcome, once
+    for noisy in (
+        "mlflow.store.db.utils",
+        "mlflow.system_metrics",
+        "urllib3.connectionpool",
+    ):  # they tell each retry
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rediffuse.errors import UserError
 from rediffuse.params import flatten, load_params
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
 from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, experiments, git, identify, identify_experiment
 from rediffuse.tracking.lineage import PREPARED, RECIPE, Lineage, lineage_of_checkout, lineage_of_commit, locked_hashes

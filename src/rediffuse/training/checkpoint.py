@@ -1,4 +1,4 @@
-"""Checkpoints that survive `kill -9`, and the files of a finished model.
+"""Checkpoints that survive `kill -9`.
 
 A checkpoint belongs to a fingerprint of what its bytes depend on: parameters, data, code, kind of machine.  A run finds only its
 own; another configuration never warm-starts from it.  The number of processes and threads, which shows in the last bits alone, is
@@ -14,18 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from safetensors.torch import load_file, save
-from torch import nn
 
-from rediffuse.errors import UserError
-from rediffuse.files import replace_file, write_json
-from rediffuse.training.distributed import is_main
-
-Model = TypeVar("Model", bound=nn.Module)
+from rediffuse.runtime.processes import is_main
 
 
 def fingerprint(configuration: dict[str, Any]) -> str:
@@ -90,21 +84,3 @@ def _acquire(lock: FileLock, name: str) -> AcquireReturnProxy[FileLock]:
     except Timeout:
         print(f"waiting for another process that trains the same {name} (it holds {lock.lock_file})", file=sys.stderr, flush=True)
         return lock.acquire()
-
-
-def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Write weights (model.safetensors, contiguous, on the CPU) and the arguments that rebuild the model (config.json)."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    replace_file(folder / "model.safetensors", save(state))
-    write_json(folder / "config.json", config)
-
-
-def load_model(kind: type[Model], folder: Path, device: torch.device) -> Model:
-    """The model that save_model wrote, in evaluation mode."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        model = kind(**config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or folder} is missing: `dvc repro` trains the model, `dvc pull` fetches a trained one") from None
-    return model.to(device).to(memory_format=torch.channels_last).eval()

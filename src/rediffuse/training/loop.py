@@ -3,7 +3,7 @@
 Everything random in a step is a function of (seed, step), and the order of the images of (seed, epoch), so that a resumed run
 needs no saved generator to go on with the very same numbers.  Durations are counted in images.
 
-Several processes share each batch (distributed.py): all draw the random numbers of the whole batch, and each computes the loss of
+Several processes share each batch (processes.py): all draw the random numbers of the whole batch, and each computes the loss of
 its part, so that what is learnt is the same, up to rounding, whatever their number.  Only dropout has a stream for each process.
 """
 
@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rediffuse.errors import UserError
 from rediffuse.params import Training
-from rediffuse.training import distributed
-from rediffuse.training.adamw import AdamW
+from rediffuse.runtime import processes
+from rediffuse.runtime.device import Compile, Precision, autocast, compile_parts, seed_for, upload
+from rediffuse.runtime.errors import UserError
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import Checkpoint
-from rediffuse.training.hardware import Compile, Precision, autocast, compile_parts, seed_for, upload
 
 ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
 
@@ -87,17 +86,17 @@ class Trainer(Generic[Model]):
     ) -> None:
         self.model = model.to(images.device).to(memory_format=torch.channels_last).train()
         self.step, self.images, self.labels, self.config = step, images, labels, config
-        self.mine = distributed.share_of_batch(config.batch, f"{name}.training.batch")
-        self.gradients = distributed.Gradients(self.model.parameters())
+        self.mine = processes.share_of_batch(config.batch, f"{name}.training.batch")
+        self.gradients = processes.Gradients(self.model.parameters())
         self.name, self.seed, self.precision = name, seed, precision
         self.validate, self.log = validate, log
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
         compile_parts(self.model, images.device, compile)
-        self.optimizer = AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.order = _Order(len(images), seed)
-        self.stream = (distributed.rank(),) if distributed.world_size() > 1 else ()
+        self.stream = (processes.rank(),) if processes.world_size() > 1 else ()
         self.done = 0
         self.curves, self.sums = Curves(), dict[str, Tensor]()
 
@@ -114,7 +113,7 @@ class Trainer(Generic[Model]):
             unit="img",
             desc=f"train {self.name}",
             mininterval=1.0,
-            disable=not distributed.is_main(),
+            disable=not processes.is_main(),
         ) as bar:
             while self.done < self.steps:
                 self._step()
@@ -184,21 +183,21 @@ class Trainer(Generic[Model]):
         """The sums of all processes, on each of them."""
         if not self.sums:
             return {}
-        return dict(zip(self.sums, distributed.total(torch.stack(list(self.sums.values()))), strict=True))
+        return dict(zip(self.sums, processes.total(torch.stack(list(self.sums.values()))), strict=True))
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._take_sums(self._totals())
-        if not distributed.is_main():
+        if not processes.is_main():
             return
         state = {key: part.state_dict() for key, part in self._parts().items()}
         progress = {"done": self.done, "training": self.curves.training, "validation": self.curves.validation, "sums": self.sums}
         checkpoint.save(state | progress | _arithmetic())
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        state = distributed.broadcast(checkpoint.load() if distributed.is_main() else None)
+        state = processes.broadcast(checkpoint.load() if processes.is_main() else None)
         if state is None:
             return
-        if distributed.is_main() and (before := {key: state[key] for key in _arithmetic()}) != _arithmetic():
+        if processes.is_main() and (before := {key: state[key] for key in _arithmetic()}) != _arithmetic():
             print(
                 f"{self.name}: the checkpoint was written by {_in_words(before)} and is continued by {_in_words(_arithmetic())}:"
                 " the result will differ from that of an undisturbed run by rounding",
@@ -213,7 +212,7 @@ class Trainer(Generic[Model]):
 
     def _take_sums(self, totals: dict[str, Tensor]) -> None:
         """Go on from the sums of all processes: the first has them, the others add to zeros."""
-        self.sums = totals if distributed.is_main() else {key: torch.zeros_like(measure) for key, measure in totals.items()}
+        self.sums = totals if processes.is_main() else {key: torch.zeros_like(measure) for key, measure in totals.items()}
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
         return {"model": self.model, "average": self.average.model, "optimizer": self.optimizer, "rate": self.rate}
@@ -221,7 +220,7 @@ class Trainer(Generic[Model]):
 
 def _arithmetic() -> dict[str, int]:
     """What may change between a checkpoint and its continuation, and shows in the last bits."""
-    return {"processes": distributed.world_size(), "threads": torch.get_num_threads()}
+    return {"processes": processes.world_size(), "threads": torch.get_num_threads()}
 
 
 def _in_words(arithmetic: dict[str, int]) -> str:

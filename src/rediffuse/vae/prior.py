@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rediffuse.data.pixels import to_unit
+from rediffuse.images.pixels import to_unit
 from rediffuse.vae.model import VAE
 
 CHUNK = 500  # images encoded at once

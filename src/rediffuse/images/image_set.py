@@ -1,0 +1,169 @@
+"""An image set on disk, whatever its source: `images.npy` and `labels.npy` for each split, and a `manifest.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rediffuse.runtime.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and what they show.
+
+    images: uint8 (N, C, H, W), values 0..255; labels: int64 (N,), each an index into `classes`, or None;
+    classes: the names of the labels, empty where there are none.  Arrays from `load_images` are memory-mapped and read-only.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise ValueError(f"images must be uint8 (N, C, H, W), got {self.images.dtype} {self.images.shape}")
+        if self.labels is None:
+            return
+        if self.labels.dtype != np.int64 or self.labels.shape != (len(self.images),):
+            raise ValueError(f"labels must be int64 ({len(self.images)},), got {self.labels.dtype} {self.labels.shape}")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(f"labels must be 0..{len(self.classes) - 1}, got {self.labels.min()}..{self.labels.max()}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def take(self, indices: NDArray[np.int64]) -> ImageSet:
+        """The images at these indices, in this order, copied into memory."""
+        return ImageSet(self.images[indices], None if self.labels is None else self.labels[indices], self.classes)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A new folder that takes the place of this one as a whole at the end of the block; until then, and after an error, nothing changes."""
+    folder = Path(folder)
+    incoming = folder.with_name(f".{folder.name}.incoming")
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        yield incoming
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(incoming, folder)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def save_images(folder: str | Path, splits: Mapping[str, ImageSet], manifest: Mapping[str, Any]) -> None:
+    """Write the splits and their manifest.  The folder is replaced as a whole: it is never seen half-written."""
+    with replacing(folder) as incoming:
+        for name, split in splits.items():
+            (incoming / name).mkdir()
+            np.save(incoming / name / "images.npy", split.images)
+            if split.labels is not None:
+                np.save(incoming / name / "labels.npy", split.labels)
+        save_manifest(incoming, manifest)
+
+
+def save_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
+
+class ImageAppender:
+    """A split that is written image by image, in constant memory: the files are those that `save_images` writes.
+
+    shape: (C, H, W) of all images.  labels: whether each has one.  To be closed by `with`.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], *, labels: bool) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.shape, self.count = folder, shape, 0
+        self.labels: list[int] | None = [] if labels else None
+        self.file = (folder / "images.npy").open("wb")
+
+    def __enter__(self) -> ImageAppender:
+        self._write_header()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.file:
+            self.file.seek(0)
+            self._write_header()  # of the same length: numpy leaves room for the first axis to grow
+        if self.labels is not None:
+            np.save(self.folder / "labels.npy", np.array(self.labels, np.int64))
+
+    def append(self, image: NDArray[np.uint8], label: int | None) -> None:
+        """image: (C, H, W)."""
+        if image.shape != self.shape or image.dtype != np.uint8:
+            raise ValueError(f"image must be uint8 {self.shape}, got {image.dtype} {image.shape}")
+        self.file.write(image.tobytes())
+        self.count += 1
+        if self.labels is not None:
+            assert label is not None
+            self.labels.append(label)
+
+    def _write_header(self) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def load_images(folder: str | Path, split: Split) -> ImageSet:
+    """Map one split into memory.  Raises UserError if it is not there or damaged."""
+    return load_split(Path(folder), split, load_manifest(folder).get("classes", ()))
+
+
+def load_split(folder: Path, split: Split, classes: Sequence[str]) -> ImageSet:
+    """The same where the classes are known, and the manifest is not written yet."""
+    labels = folder / split / "labels.npy"
+    try:
+        return ImageSet(_map(folder / split / "images.npy"), _map(labels) if labels.exists() else None, tuple(classes))
+    except ValueError as error:
+        raise UserError(f"{folder / split} is damaged ({error}): make it again with `dvc repro -f prepare`") from None
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `manifest.json` says of the image set: source, licence, classes, shape, mean, std, counts and hashes."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: make it with `dvc repro prepare`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): make it again with `dvc repro -f prepare`") from None
+    return manifest
+
+
+def _map(path: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: make it with `dvc repro prepare`") from None
+    except EOFError as error:  # an empty file
+        raise ValueError(str(error)) from None
+    return array
+
+
+def check_images(images: NDArray[np.uint8], shape: tuple[int, ...], title: str) -> None:
+    """Raise UserError unless images are at least one uint8 array of this (C, H, W)."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{title}: the images must be uint8 (0..255), got {images.dtype}: round and convert them once, when they are drawn")
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
+        wanted = ", ".join(str(size) for size in shape)
+        raise UserError(f"{title}: the images must be an array [N, {wanted}] as the instrument takes them, got {list(images.shape)}")

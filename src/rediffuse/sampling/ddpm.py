@@ -1,0 +1,55 @@
+"""Images from the DDPM: Gaussian noise, denoised step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.params import SampleDDPM
+from rediffuse.runtime.device import Precision, autocast, device
+from rediffuse.runtime.shards import DrawShard, asked_labels
+from rediffuse.sampling.guidance import guided
+from rediffuse.sampling.samplers import SAMPLERS, SPACINGS, Observe
+from rediffuse.sampling.space import Pixels, Space
+
+
+def ddpm_shards(
+    denoiser: Denoiser,
+    settings: SampleDDPM,
+    precision: Precision,
+    *,
+    space: Space | None = None,
+    label: int | None = None,
+    observe: Observe | None = None,
+) -> DrawShard:
+    """What draws a shard from the denoiser, which is on `device()`.
+
+    space: what its x_0 are; None: pixels.
+
+    label: of all images; None: 0, 1, 2, ... in turn.  It changes no noise.  A model without labels takes None only.
+    observe: sees each step of the sampler.
+    """
+    denoise = guided(denoiser, guidance_scale=settings.guidance_scale)
+    decode = (space or Pixels(denoiser.shape)).decode
+    times = SPACINGS[settings.spacing](denoiser.schedule, settings.steps)
+
+    def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
+        def noise() -> Tensor:
+            return torch.randn(len(indices), *denoiser.shape, generator=generator).to(device())
+
+        labels = asked_labels(indices.to(device()), denoiser.classes, label)
+        with autocast(device(), precision):
+            x_0 = SAMPLERS[settings.sampler](
+                denoise,
+                denoiser.schedule,
+                noise(),
+                labels,
+                times=times,
+                eta=settings.eta,
+                noise=noise,
+                observe=observe,
+            )
+            return decode(x_0)
+
+    return draw_shard

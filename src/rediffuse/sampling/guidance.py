@@ -1,0 +1,29 @@
+"""D(x_t, t, label) -> x_0 from a trained denoiser, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.sampling.samplers import Denoise
+
+
+def guided(denoiser: Denoiser, guidance_scale: float = 1.0) -> Denoise:
+    """D(x_t, t, labels) -> x_0, in [-1, 1] if the denoiser clips, for the samplers.
+
+    guidance_scale w: output = none + w (conditional - none) (Ho & Salimans 2022, in the form where 1 is no guidance).
+    """
+
+    def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        if guidance_scale == 1 or labels is None:
+            output = denoiser(x_t, t, labels)
+        else:
+            none = torch.full_like(labels, denoiser.classes)
+            both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, none]))
+            conditional, unconditional = both.chunk(2)
+            output = torch.lerp(unconditional, conditional, guidance_scale)
+        x_0 = denoiser.schedule.x_0_from(denoiser.predict, output, x_t, t)
+        return x_0.clamp(-1, 1) if denoiser.clip else x_0
+
+    return denoise

@@ -1,0 +1,42 @@
+"""The space in which a trained DDPM works: pixels, or the latents of a VAE that lies in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rediffuse.images.pixels import from_signed, to_signed
+from rediffuse.vae.latents import VAE_FOLDER, open_latents
+
+
+class Space(Protocol):
+    """shape: (C, H, W) of the images.  Codes are what the denoiser calls x_0."""
+
+    shape: tuple[int, int, int]
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, x_0: Tensor) -> Tensor: ...
+
+
+class Pixels:
+    """Images are their own codes, in [-1, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        return to_signed(images)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return from_signed(x_0)
+
+
+def open_space(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Space:
+    """That of the DDPM in the folder, whose x_0 have this shape."""
+    if not (folder / VAE_FOLDER).is_dir():
+        return Pixels(shape)
+    return open_latents(folder / VAE_FOLDER, device)

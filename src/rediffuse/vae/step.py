@@ -1,0 +1,96 @@
+"""The VAE as a task for the trainer: model, training step and measures, made from the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rediffuse.images.pixels import to_unit
+from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for a constant)
+from rediffuse.runtime.processes import dealt, mean_of_processes, total
+from rediffuse.vae.model import VAE
+from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
+from rediffuse.vae.prior import CHUNK, in_chunks, posterior_means
+
+Split = tuple[Tensor, Tensor | None]  # images and their labels, if there are any
+
+IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # of the importance-weighted bound: K, and the images it is taken on
+
+
+def vae_config(params: VAEParams, shape: tuple[int, int, int], class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of the VAE for images (C, H, W) with these classes; an unconditional one knows none."""
+    names = {"class_names": list(class_names)} if params.conditional and class_names else {}
+    architecture = {"latent_dim", "latent_channels", "channels", "hidden", "likelihood"}
+    return {"shape": list(shape)} | params.model_dump(include=architecture) | names
+
+
+class VAEStep:
+    """The loss of one batch: reconstruction + weighted KL, in nats per image; logs both terms and the ELBO with weight 1."""
+
+    def __init__(self, params: VAEParams) -> None:
+        self.params = params
+
+    def draw(self, model: VAE, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+        return {"eps": torch.randn(shape[0], model.latent_dim, generator=generator)}
+
+    def __call__(
+        self, model: VAE, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = elbo(model, to_unit(images), noise["eps"].to(images.device), labels)
+        weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
+        # Without free bits there is nothing to agree on: a KL is below 0 by rounding at most.
+        mean_of_all = mean_of_processes if self.params.free_bits else lambda kl: kl
+        loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits, mean_of_all=mean_of_all)
+        measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
+        count = loss.new_full((), len(images))
+        return loss, {name: torch.stack([value.detach().sum(), count]) for name, value in measures.items()}
+
+
+@torch.no_grad()
+def measure(vae: VAE, images: Tensor, labels: Tensor | None = None, *, seed: int) -> dict[str, float]:
+    """Negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the same noise at each call.
+
+    images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.  Shared among the processes, all of which
+    get the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    reconstruction, kl = torch.zeros(len(images), device=images.device), torch.zeros(len(images), vae.latent_dim, device=images.device)
+    chunks = in_chunks(images, labels)
+    for i, (x, y) in enumerate(chunks):
+        eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
+        if i in dealt(len(chunks)):
+            rows = slice(i * CHUNK, i * CHUNK + len(x))
+            reconstruction[rows], kl[rows] = elbo(vae, to_unit(x), eps, y)
+    nats = total(reconstruction).double().mean().item(), total(kl).double().sum(1).mean().item()
+    return {"elbo": sum(nats), "reconstruction": nats[0], "kl": nats[1]}
+
+
+@torch.no_grad()
+def final_measures(vae: VAE, train: Split, test: Split, *, seed: int) -> dict[str, Any]:
+    """What metrics/train_vae.json holds.  train, test: uint8 images and labels; train is measured on as many as there are in test.
+
+    Partly shared among the processes, so that all of them must call it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    subset = in_chunks(*_first(test, IWAE_IMAGES))
+    bounds = [importance_weighted_bound(vae, to_unit(x), y, k=IWAE_SAMPLES, generator=generator) for x, y in subset]
+    on_test, on_train = measure(vae, *test, seed=seed), measure(vae, *_first(train, len(test[0])), seed=seed)
+    report: dict[str, Any] = {
+        "test": on_test | {"bits_per_dim": bits_per_dim(vae, on_test["elbo"])},
+        "train": {"elbo": on_train["elbo"]},
+        f"iwae_{IWAE_SAMPLES}": torch.cat(bounds).double().mean().item(),
+        "active_units": active_units(posterior_means(vae, *test)),
+    }
+    if vae.likelihood == "gaussian":
+        report["sigma"] = vae.sigma().item()
+    assert all(math.isfinite(value) for value in report["test"].values())
+    return report
+
+
+def _first(split: Split, n: int) -> Split:
+    images, labels = split
+    return images[:n], None if labels is None else labels[:n]
