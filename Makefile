@@ -7,7 +7,6 @@ RECIPE ?=
 
 BIN := $(CURDIR)/.venv/bin
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-TRACKING = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(CURDIR)/.mlflow/mlflow.db)
 
 export PATH := $(BIN):$(PATH)
 # Nobody is told what is run here.  MLflow takes only the word true for DO_NOT_TRACK, others take any.
@@ -15,12 +14,13 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro recipe test lint ui bench peers lock environment venv clean
+.PHONY: help repro recipe test check-results lint ui bench peers lock environment venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make repro   environment, data, training, images, metrics    (ARGS: of dvc repro; RECIPE: a file of recipes/)'
 	@echo 'make test    environment, ruff, mypy, the test suite         (ARGS: of pytest)'
+	@echo 'make check-results  the committed results against code, parameters and documentation (ARGS: of pytest)'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make bench   measure it beside other packages; an hour or two (ARGS: of python -m benchmarks, for example training)'
 	@echo 'make ui      MLflow on http://127.0.0.1:$(PORT)                   (PORT=5000)'
@@ -45,16 +45,17 @@ recipe:
 test: lint
 	@OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Apart from the tests, which an edit leaves green: this asks for a new `make repro` after it.
+check-results: environment
+	@.venv/bin/pytest tests/check_results.py $(ARGS)
+
 lint: environment
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
 ui: environment
-	@mkdir -p .mlflow
-	@echo 'Charts and pictures: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=compare'
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-		--backend-store-uri '$(TRACKING)' --default-artifact-root '$(CURDIR)/.mlflow/artifacts' --no-serve-artifacts
+	@.venv/bin/rediffuse ui --port $(PORT)
 
 # What it is measured against is installed here only, into the same .venv, where it changes no package of requirements.lock.
 bench: environment peers

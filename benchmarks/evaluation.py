@@ -33,11 +33,11 @@ from benchmarks.made_up import image_set
 from benchmarks.report import RATIO, Settings, Table
 from benchmarks.workers import Turn, Workers, ratio
 from rediffuse.evaluation.accuracy_score import IMAGES, classification_accuracy_score
-from rediffuse.evaluation.classifier import SHIPPED
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import SEED, class_distances, judge
 from rediffuse.evaluation.instruments import make_instrument
 from rediffuse.evaluation.memorisation import Neighbourhood, memorisation
+from rediffuse.evaluation.shipped import SHIPPED
 from rediffuse.params import Evaluate, load_params
 from rediffuse.runtime.device import autocast, device
 from rediffuse.sources.fashion_mnist import load_fashion_mnist

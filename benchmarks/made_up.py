@@ -9,8 +9,6 @@ import numpy as np
 import torch
 
 from benchmarks.peers import SHAPE
-from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.step import denoiser_config
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Params
 from rediffuse.runtime.weights import save_model
@@ -18,7 +16,9 @@ from rediffuse.sources.fashion_mnist import CLASSES
 from rediffuse.sources.splits import describe
 from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
-from rediffuse.vae.step import VAEStep, vae_config
+from rediffuse.vae.step import VAEStep
+from stages.train_ddpm import make_denoiser
+from stages.train_vae import make_vae
 
 TINY = {"width": 8, "multipliers": [1], "attention": 0}  # a denoiser that takes no time
 
@@ -45,12 +45,10 @@ def save_splits(folder: Path, **sizes: int) -> None:
 
 def save_models(folder: Path, params: Params) -> None:
     """Models of these parameters as the stages leave them, untrained, in vae/ and ddpm/."""
-    for name, kind, config in (
-        ("vae", VAE, vae_config(params.vae, SHAPE)),
-        ("ddpm", Denoiser, denoiser_config(params.ddpm, SHAPE, CLASSES)),
-    ):
-        torch.manual_seed(0)
-        save_model(kind(**config), config, folder / name)
+    torch.manual_seed(0)
+    save_model(make_vae(params.vae, SHAPE), folder / "vae")
+    torch.manual_seed(0)
+    save_model(make_denoiser(params.ddpm, SHAPE, CLASSES), folder / "ddpm")
 
 
 def vae_trainer(params: Params, model: VAE, data: torch.Tensor, images: int) -> Trainer[VAE]:
@@ -60,14 +58,14 @@ def vae_trainer(params: Params, model: VAE, data: torch.Tensor, images: int) -> 
     config = whole.model_copy(update={"images": images, "lr_warmup": warmup, "validate_every": images, "checkpoint_every": images})
     return Trainer(
         model,
-        VAEStep(params.vae),
-        data,
-        None,
+        VAEStep(**params.vae.select(VAEStep)),
+        (data, None),
+        (data[:0], None),
         config,
         name="vae",
         seed=params.seed,
         precision=params.precision,
         compile=params.compile,
-        validate=lambda _: {},
+        validate=lambda *_: {},
         log=lambda *_: None,
     )

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.peers import SHAPE, random_images
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.step import DenoisingStep, denoiser_config
+from rediffuse.diffusion.step import DenoisingStep
 from rediffuse.params import Params, load_params
 from rediffuse.runtime.device import autocast, device, make_deterministic
 from rediffuse.runtime.shards import draw
@@ -21,6 +21,7 @@ from rediffuse.sampling.ddpm import ddpm_shards
 from rediffuse.sources.fashion_mnist import CLASSES
 from rediffuse.training.checkpoint import Checkpoint
 from rediffuse.training.loop import Trainer
+from stages.train_ddpm import make_denoiser
 
 # About 0.8 GFLOP an image in training.  The default has half of that, at which the documented structures of the peers would be 8 features
 # wide, and slow for that reason alone.
@@ -37,7 +38,7 @@ def parameters(precision: str = "auto", *, large: bool = False) -> Params:
 def denoiser(params: Params, shape: tuple[int, int, int] = SHAPE) -> Denoiser:
     """As the stage train_ddpm makes it, with random weights, for images (C, H, W)."""
     torch.manual_seed(params.seed)
-    return Denoiser(**denoiser_config(params.ddpm, shape, CLASSES))
+    return make_denoiser(params.ddpm, shape, CLASSES)
 
 
 def network_inputs(model: Denoiser, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -64,15 +65,15 @@ def trainer(
     make_deterministic()
     return Trainer(
         denoiser(params, (images.shape[1], images.shape[2], images.shape[3])),
-        DenoisingStep(params.ddpm),
-        images.to(device()),
-        None if labels is None else labels.to(device()),
+        DenoisingStep(**params.ddpm.select(DenoisingStep)),
+        (images.to(device()), None if labels is None else labels.to(device())),
+        (images[:0], None),
         config,
         name="ddpm",
         seed=params.seed,
         precision=params.precision,
         compile=params.compile,
-        validate=lambda _: {},
+        validate=lambda *_: {},
         log=log,
     )
 

@@ -37,7 +37,7 @@ from benchmarks.report import RATIO, Cell, Settings, Table, about, read_results
 from benchmarks.workers import Workers
 from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import Instrument, make_instrument
-from rediffuse.evaluation.report import real_sets
+from rediffuse.evaluation.record import real_sets
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.files import replace_file, write_json
 from rediffuse.sources.fashion_mnist import load_fashion_mnist
@@ -223,8 +223,8 @@ def _code(is_ours: bool) -> str:
     source = here.parent / "src" / "rediffuse"
     files = [here / "peers.py"]
     if is_ours:
-        files = [here / "ours.py", source / "shards.py"]
-        files += [file for room in ("data", "diffusion", "generation", "training") for file in (source / room).glob("*.py")]
+        files = [here / "ours.py", source / "runtime/shards.py"]
+        files += [file for room in ("runtime", "images", "diffusion", "training", "sampling") for file in (source / room).glob("*.py")]
     digest = hashlib.sha256(json.dumps(about(Settings())["versions"]).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())

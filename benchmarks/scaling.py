@@ -10,11 +10,11 @@ import math
 
 from benchmarks.ours import denoiser, parameters
 from benchmarks.training import our_flops
-from rediffuse.runtime.processes import LEAST, MOST, PIECES
 
 SUSTAINED = 0.4 * 990e12  # FLOP/s of an H100 in bfloat16
 OVERHEAD = 1e-3  # seconds a step, assumed, that do not shrink with the batch: launching kernels, optimizer, EMA
 NODE, NVLINK, NETWORK = 8, 450e9, 400e9 / 8  # GPUs of a node; bytes/s of each GPU within it, and of the node as a whole to others
+BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's own
 LATENCY = 5e-6  # seconds, once for each doubling of the number of GPUs and each direction, a bucket
 
 # Parameters, FLOP of a forward pass of one image, images per GPU and step
@@ -32,7 +32,7 @@ def step_seconds(parameters: float, flop: float, batch: int, gpus: int) -> tuple
     if gpus == 1:
         return computing + OVERHEAD, 0.0
     size = 4 * parameters
-    pieces = max(1.0, size / min(MOST, max(LEAST, size / PIECES)))
+    pieces = max(1.0, size / BUCKET)
     rate = NVLINK if gpus <= NODE else NETWORK
     sending = 2 * (gpus - 1) / gpus * size / rate + pieces * 2 * math.log2(gpus) * LATENCY
     return computing + OVERHEAD, max(sending / pieces, sending - 2 / 3 * computing)

@@ -37,7 +37,8 @@ IMPORTS = (
     "stages.reference",
     "stages.train_vae",
     "stages.train_ddpm",
-    "stages.sample",
+    "stages.sample_vae",
+    "stages.sample_ddpm",
     "stages.evaluate",
 )
 HEAVY = "torch", "torch._dynamo", "torchvision", "torch_fidelity", "mlflow", "matplotlib", "sklearn", "pandas"
@@ -75,7 +76,7 @@ def _step(self: Trainer) -> None:
 
 Trainer._step = _step
 """,
-    "src/rediffuse/shards.py": f"""
+    "src/rediffuse/runtime/shards.py": f"""
 def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
     draw_shard(torch.arange(SHARD), shard_generator(seed, 0))
     {LEAVE}""",
@@ -88,7 +89,7 @@ def copy_checkout(root: Path) -> None:
     copy_files(root, code())
     for name, probe in PROBES.items():
         (root / name).write_text((root / name).read_text() + SAY + probe)
-    made_up.save_splits(root / "data/prepared", **SPLITS)
+    made_up.save_splits(root / "data/pixels", **SPLITS)
     make_repository(root)
 
 

@@ -1,7 +1,7 @@
 """Steps against quality: the Fréchet distance (FD) of images drawn with 5, 10, 20, 50 and T evaluations of the network, by each sampler
 in each spacing of its steps that suits it.
 
-The trained model of data/models/ddpm draws as the stage `sample` does; each set is judged by the instruments of the stage `reference`
+The trained model of data/models/ddpm draws as the stage `sample_ddpm` does; each set is judged by the instruments of the stage `reference`
 against the real test images, as the stage `evaluate` does.  What counts is the difference from the full ancestral chain (`ddpm` in all T
 steps) of the same seed: sets of the same seed start from the same noise.  Over seeds a set of 2,500 images varies by some percent.
 

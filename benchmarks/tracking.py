@@ -1,10 +1,10 @@
 """What tracking costs: the same training with and without a row.
 
 Training runs in turn (off on off on ...) in one process, through the Trainer, without checkpoints and validation.  With tracking it
-stands inside a real `stage_run` on SQLite: points are sent, the machine is sampled in a thread.  `start` and `end` of the row are
+stands inside a real `stage_run` on SQLite: points are sent, and MLflow samples the machine in a thread.  `start` and `end` of the row are
 measured apart and come once for a stage, however long it trains; so the share of the default run is reckoned from the parts:
 
-    (start + end + points and samples of the machine in a training of its length) / (seconds of a training of its length)
+    (start + end + points in a training of its length) / (seconds of a training of its length)
 
 The ratio on / off of the loops has the noise of the machine in it, of processor seconds less than of wall-clock seconds.  Target:
 at most 2 % of training time.
@@ -24,7 +24,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rediffuse.tracking.system import SECONDS, SystemMetrics
 
 from benchmarks.checkout import ROOT, make_repository, quiet_environment
 from benchmarks.made_up import NoCheckpoint, image_set
@@ -36,7 +35,6 @@ from rediffuse.tracking.row import stage_run
 
 Log = Callable[[int, dict[str, float]], None]
 IMAGES = 9600  # in each turn of training
-SAMPLING = 2.0  # seconds
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float]:
@@ -44,15 +42,6 @@ def spent(work: Callable[[], object]) -> tuple[float, float]:
     wall, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
-
-
-def seconds_of_a_sample() -> float:
-    """Processor seconds that one sample of system metrics takes."""
-    processor = time.process_time()
-    system = SystemMetrics(seconds=0.02)
-    time.sleep(SAMPLING)
-    system.stop()
-    return (time.process_time() - processor) / (len(system.take()) + 1)  # and one at the beginning, which is not handed over
 
 
 class Training:
@@ -107,19 +96,16 @@ def measure_training(turns: int, images: int) -> Table:
         Training(params, min(images, 20 * params.ddpm.training.batch)).plain()  # warms up
         training = Training(params, images)
         rounds = [(training.plain(), training.tracked()) for _ in range(turns)]
-        sample = seconds_of_a_sample()
-    return _table(rounds, first, sample, images, params.ddpm.training.images)
+    return _table(rounds, first, images, params.ddpm.training.images)
 
 
-def _table(
-    rounds: list[tuple[tuple[float, float], dict[str, Any]]], first: dict[str, float], sample: float, images: int, whole: int
-) -> Table:
+def _table(rounds: list[tuple[tuple[float, float], dict[str, Any]]], first: dict[str, float], images: int, whole: int) -> Table:
     mean = {part: median(on[part] for _, on in rounds) for part in rounds[0][1]}
     plain = median(wall for (wall, _), _ in rounds)
     walls = [on["wall"] / wall for (wall, _), on in rounds]
     processors = [on["processor"] / processor for (_, processor), on in rounds]
     seconds = plain * whole / images
-    paid = first["start"] + first["end"] + mean["points"] * whole / images + sample * seconds / SECONDS
+    paid = first["start"] + first["end"] + mean["points"] * whole / images
     rows: list[list[str | float | int | None]] = [
         ["training without a row", plain, "s", ""],
         ["with one, without its start and end", mean["wall"], "s", ""],
@@ -128,7 +114,6 @@ def _table(
         ["start of a row", mean["start"], "s", f"in a new process {first['start']:.2f} s"],
         ["end of a row", mean["end"], "s", f"in a new process {first['end']:.2f} s"],
         ["points, all calls", mean["points"], "s", f"{100 * mean['points'] / plain:.2f} % of training"],
-        ["a sample of the machine", 1000 * sample, "ms", f"of a processor, every {SECONDS:.0f} s: {100 * sample / SECONDS:.2f} %"],
         [f"a row's share of the default run, {whole:,} images", 100 * paid / seconds, "%", f"{paid:.1f} of {seconds:.0f} s"],
     ]
     note = f"{images:,} images in each of {len(rounds)} turns"

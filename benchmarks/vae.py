@@ -34,7 +34,7 @@ from rediffuse.params import Params, load_params
 from rediffuse.runtime.device import device, make_deterministic
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import elbo
-from rediffuse.vae.step import vae_config
+from stages.train_vae import make_vae as vae_of_stage
 
 OURS = "rediffuse"
 WARMUP = 10  # batches
@@ -44,7 +44,7 @@ LEFT_OUT = "pythae is not installed (pip install pythae): left out"
 def make_vae(params: Params) -> VAE:
     """The VAE of params.yaml; the same weights for every contender."""
     torch.manual_seed(params.seed)
-    return VAE(**vae_config(params.vae, SHAPE))
+    return vae_of_stage(params.vae, SHAPE)
 
 
 def rediffuse(images: int) -> Turn:

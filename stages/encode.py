@@ -5,33 +5,31 @@ For one that works in pixels there is nothing to do.
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from rediffuse.images.image_set import load_images
+from rediffuse.images.image_set import load_images, save_images
+from rediffuse.images.pixels import on_device
 from rediffuse.params import load_params
-from rediffuse.runtime.device import device, make_deterministic, to_device
-from rediffuse.runtime.files import write_json
+from rediffuse.runtime.device import device, make_deterministic
+from rediffuse.runtime.weights import load_model
 from rediffuse.tracking.row import stage_run
-from rediffuse.vae.latents import VAE_FOLDER, measure_latents
-from rediffuse.vae.prior import CHUNK
+from rediffuse.vae.latents import encode_set, measure_latents, save_latents
+from rediffuse.vae.model import VAE
 from stages import run_stage
 
-FOLDER = Path("data/spaces/latents")
+IMAGES, FOLDER = Path("data/pixels"), Path("data/latents")
 
 
 def main() -> None:
     params = load_params()
-    with stage_run("encode", params), torch.no_grad():
+    with stage_run("encode", params):
         if params.ddpm.space == "pixels":
-            write_json(FOLDER / "space.json", {"space": "latents", "made": False})
+            save_images(FOLDER, {}, {"space": "latents", "made": False})
             return
         make_deterministic()
-        splits = {split: to_device(load_images("data/prepared", split).images, device()) for split in ("train", "validation")}
-        latents = measure_latents(Path("data/models/vae"), splits["train"], FOLDER / VAE_FOLDER, device())
-        for name, images in splits.items():
-            np.save(FOLDER / f"{name}.npy", torch.cat([latents.encode(part).cpu() for part in torch.split(images, CHUNK)]).numpy())
-        write_json(FOLDER / "space.json", {"space": "latents", "made": True})
+        train, validation = load_images(IMAGES, "train"), load_images(IMAGES, "validation")
+        latents = measure_latents(load_model(VAE, Path("data/models/vae"), device()), on_device(train)[0])
+        splits = {"train": encode_set(latents, train), "validation": encode_set(latents, validation)}
+        save_images(FOLDER, splits, {"space": "latents", "made": True, "classes": list(train.classes)})
+        save_latents(latents, FOLDER)
 
 
 if __name__ == "__main__":

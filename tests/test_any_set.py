@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_checkout import write_params
 
 from rediffuse.commands.compare import Row, compare
+from rediffuse.evaluation.record import class_table
 from rediffuse.figures import scores
 from rediffuse.figures.latent import latent_map
 from rediffuse.figures.scores import class_chart
@@ -29,10 +30,11 @@ from rediffuse.inference.card import model_card
 from rediffuse.inference.model import load_image_model
 from rediffuse.runtime.device import to_device
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import write_csv
 from rediffuse.sources import folder
 from rediffuse.sources.folder import find_images
 from rediffuse.tracking.writer import RowWriter
-from stages import encode, evaluate, prepare, reference, sample, train_ddpm, train_vae
+from stages import encode, evaluate, prepare, reference, report, sample_ddpm, sample_vae, train_ddpm, train_vae
 
 STAGES: list[tuple[Any, list[str]]] = [
     (prepare, []),
@@ -40,10 +42,11 @@ STAGES: list[tuple[Any, list[str]]] = [
     (train_vae, []),
     (encode, []),
     (train_ddpm, []),
-    (sample, ["vae"]),
-    (sample, ["ddpm"]),
+    (sample_vae, []),
+    (sample_ddpm, []),
     (evaluate, ["vae"]),
     (evaluate, ["ddpm"]),
+    (report, []),
 ]
 Run = Callable[..., None]
 SHORT = {"images": 64, "batch": 32, "lr_warmup": 0, "log_every": 32, "validate_every": 32, "checkpoint_every": 64}
@@ -94,7 +97,7 @@ def fill(folder: Path, n: int, *, size: tuple[int, int] = (16, 16), mode: str = 
 
 
 def sizes() -> list[int]:
-    splits = json.loads(Path("data/prepared/manifest.json").read_text())["splits"]
+    splits = json.loads(Path("data/pixels/manifest.json").read_text())["splits"]
     return [splits[name]["count"] for name in ("train", "validation", "test")]
 
 
@@ -117,9 +120,9 @@ def test_ten_images_go_all_the_way(checkout: Path, run: Run, capsys: pytest.Capt
         found = record(model)
         assert found["instruments"] == {} and "accuracy_score" not in found
         assert json.loads(Path(f"metrics/{model}.json").read_text()) == {"n": 12, "copies": found["memorisation"]["copies"]["mean"]}
-        assert Path(f"metrics/plots/evaluate_{model}/classes.csv").read_text() == "class,fd,n\n"
+        assert Path(f"metrics/plots/evaluate_{model}/classes.csv").read_text() == "class,distance,n\n"
         for name in ("scores", "classes", "neighbours"):
-            with Image.open(f"metrics/plots/evaluate_{model}/images/{name}.png") as picture:
+            with Image.open(f"metrics/report/{model}/{name}.png") as picture:
                 assert picture.width > 100
     assert json.loads(Path("metrics/reference.json").read_text()) == {"n": 12, "copies": 0.0}
     card = model_card("ddpm", config={"shape": [1, 16, 16]}, settings={}, manifest=None, record=record("ddpm"), parameters={}, origin={})
@@ -128,7 +131,7 @@ def test_ten_images_go_all_the_way(checkout: Path, run: Run, capsys: pytest.Capt
 
 def test_models_of_few_images_are_compared_by_their_memorisation(checkout: Path, run: Run) -> None:
     fill(checkout / "in", 10)
-    run("prepare", "reference", "train_vae", "sample", "evaluate", only=["vae"])
+    run("prepare", "reference", "train_vae", "sample_vae", "evaluate", only=["vae"])
     rows = [Row(label, label, "workspace", record("vae")) for label in "AB"]
     comparison = compare(rows)
     assert comparison.comparable and not comparison.refusals
@@ -143,14 +146,13 @@ def test_models_of_few_images_are_compared_by_their_memorisation(checkout: Path,
 def test_the_mixture_of_few_images_draws_again(checkout: Path, run: Run) -> None:
     fill(checkout / "in", 10)
     changes = {"sample__vae__prior": "mixture", "sample__vae__components": 50}
-    run("prepare", "train_vae", "sample", only=["vae"], **changes)
+    run("prepare", "train_vae", "sample_vae", only=["vae"], **changes)
     loaded = load_image_model(
         Path("data/models/vae"),
         {"precision": "float32", "prior": "mixture", "components": 50},
         prior=Path("data/samples/vae/prior.safetensors"),
     )
-    with np.load("data/samples/vae/1.npz") as drawn:
-        np.testing.assert_array_equal(loaded.generate(12, seed=1), drawn["images"])
+    np.testing.assert_array_equal(loaded.generate(12, seed=1), np.load("data/samples/vae/1/images.npy"))
     with pytest.raises(UserError, match="and 7 components"):  # the settings are what was asked for, not what came of it
         load_image_model(
             Path("data/models/vae"),
@@ -193,8 +195,7 @@ def test_sizes(checkout: Path, run: Run, size: tuple[int, int], mode: str, chang
     fill(checkout / "in", 40, size=size, mode=mode)
     run(sample__n=5, sample__seeds=[1], **changes)
     for model in ("vae", "ddpm"):
-        with np.load(f"data/samples/{model}/1.npz") as drawn:
-            assert drawn["images"].shape == (5, 1 if mode == "L" else 3, size[1], size[0])
+        assert np.load(f"data/samples/{model}/1/images.npy").shape == (5, 1 if mode == "L" else 3, size[1], size[0])
 
 
 @pytest.mark.parametrize(("size", "mode"), [((16, 16), "RGB"), ((17, 23), "L"), ((128, 128), "L")])
@@ -229,7 +230,7 @@ def test_class_names_of_any_kind(checkout: Path, run: Run) -> None:
         fill(checkout / "in" / name, 6, first=10 * i)
     run()
     classes = sorted(NAMES)
-    assert json.loads(Path("data/prepared/manifest.json").read_text())["classes"] == classes
+    assert json.loads(Path("data/pixels/manifest.json").read_text())["classes"] == classes
     model = load_image_model(
         Path("data/models/ddpm"), {"precision": "float32", "sampler": "ddim", "steps": 2, "eta": 0.0, "guidance_scale": 1.0}
     )
@@ -248,7 +249,7 @@ def test_names_of_classes_in_charts_and_tables(tmp_path: Path) -> None:
     found = {"model": "ddpm", "instruments": {"cnn": instrument}}
     picture = class_chart(found, {"instruments": {}})
     assert picture.shape[0] < 1000 and picture.shape[1] < 1000
-    evaluate.write_classes(tmp_path / "classes.csv", found)
+    write_csv(tmp_path / "classes.csv", ("class", "distance", "n"), class_table(found))
     with (tmp_path / "classes.csv").open(newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == NAMES
     means = np.random.RandomState(0).normal(size=(2 * len(NAMES), 4))
@@ -265,8 +266,7 @@ def test_one_class(checkout: Path, run: Run) -> None:
     fill(checkout / "in" / "only", 12)
     run()
     assert record("ddpm")["instruments"] == {}
-    with np.load("data/samples/ddpm/1.npz") as drawn:
-        assert (drawn["labels"] == 0).all()
+    assert (np.load("data/samples/ddpm/1/labels.npy") == 0).all()
 
 
 def test_ten_thousand_classes(checkout: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +285,7 @@ def test_ten_thousand_classes(checkout: Path, run: Run, monkeypatch: pytest.Monk
     [part] = record("ddpm")["instruments"].values()
     assert len(part["classes"]["fd"]) == 10_000
     assert part["classes"]["fd"]["class 00127"] == {"n": 2} and part["classes"]["fd"]["class 00128"] == {"n": 0}
-    for path in Path("metrics/plots").rglob("*.png"):
+    for path in Path("metrics/report").rglob("*.png"):
         with Image.open(path) as picture:
             assert max(picture.size) <= 2500, path
 
@@ -300,7 +300,7 @@ def test_the_row_names_the_set_however_long_its_classes_are() -> None:
     )
     long = {"set": "folder", "classes": ["é" * 100 + f"{i}" for i in range(30_000)], "splits": {}}
     for manifest in (long, long | {"classes": ["a"]}):
-        RowWriter(client, row).log_dataset("folder", "0", {"path": "data/prepared"}, manifest)  # type: ignore[arg-type]
+        RowWriter(client, row).log_dataset("folder", "0", {"path": "data/pixels"}, manifest)  # type: ignore[arg-type]
     whole, short = (json.loads(call.args[1][0].dataset.profile) for call in client.log_inputs.call_args_list)
     assert whole == {"set": "folder"} and short["classes"] == ["a"]
 

@@ -31,12 +31,11 @@ from benchmarks import (
 )
 from benchmarks.peers import SHAPE
 from benchmarks.report import Settings, peak_mib
-from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.step import denoiser_config
 from rediffuse.params import flatten, load_params
 from rediffuse.runtime.errors import UserError
 from rediffuse.sampling.samplers import SAMPLERS
 from rediffuse.vae.objective import elbo
+from stages.train_ddpm import make_denoiser
 
 QUICK = Settings(quick=True)
 INSTRUMENT = "random-conv-v1"
@@ -83,7 +82,7 @@ def params() -> Any:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("evaluations", [1, 5, 10])
 def test_evaluations_are_those_that_the_network_is_asked_for(sampler: str, evaluations: int) -> None:
-    denoiser = Denoiser(**denoiser_config(params().ddpm, SHAPE, ["a"])).eval()
+    denoiser = make_denoiser(params().ddpm, SHAPE, ["a"]).eval()
     seen = list[int]()
     denoiser.register_forward_hook(lambda *_: seen.append(1))
     drawing = steps.Drawing(sampler, "even", steps.steps_for(sampler, evaluations), 2, 1)
@@ -217,7 +216,7 @@ def test_a_point_of_growth_has_its_own_process_and_peak() -> None:
 
 
 def test_training_starts_with_nothing_heavy_but_torch() -> None:
-    assert startup.import_seconds("import stages.train_vae, stages.train_ddpm, stages.sample")[1] == ["torch"]
+    assert startup.import_seconds("import stages.train_vae, stages.train_ddpm, stages.sample_vae, stages.sample_ddpm")[1] == ["torch"]
     assert startup.import_seconds("import rediffuse.params")[1] == []
 
 
@@ -235,12 +234,12 @@ def test_the_start_of_a_stage_is_told_in_parts(tmp_path: Path) -> None:
 
 def test_what_tracking_costs_is_reckoned_from_its_parts() -> None:
     on = {"start": 0.1, "wall": 11.0, "processor": 20.5, "points": 0.05, "end": 0.2}
-    table = tracking._table([((10.0, 20.0), on)], {"start": 1.0, "end": 2.0}, sample=0.01, images=100, whole=1000)
+    table = tracking._table([((10.0, 20.0), on)], {"start": 1.0, "end": 2.0}, images=100, whole=1000)
     found = {row[0]: row[1] for row in table.rows}
     assert found["on / off, wall-clock"] == pytest.approx(1.1)
     assert found["on / off, processor"] == pytest.approx(1.025)
-    # 3 s for the row, 10 times 0.05 s of points, and a sample of 0.01 s every 10 s of 100
-    assert found["a row's share of the default run, 1,000 images"] == pytest.approx(3 + 0.5 + 0.1)
+    # 3 s for the row and 10 times 0.05 s of points, of 100 s
+    assert found["a row's share of the default run, 1,000 images"] == pytest.approx(3 + 0.5)
 
 
 def test_a_gpus_contenders_are_compared_by_their_work() -> None:

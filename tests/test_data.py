@@ -327,7 +327,7 @@ def test_damaged_set_names_the_command_that_mends_it(tmp_path: Path, file: str, 
 @pytest.mark.parametrize(
     ("images", "labels"),
     [
-        (np.zeros((2, 1, 4, 4), np.float32), None),
+        (np.zeros((2, 1, 4, 4), np.float64), None),
         (np.zeros((2, 4, 4), np.uint8), None),
         (np.zeros((2, 1, 4, 4), np.uint8), np.zeros(3, np.int64)),
         (np.zeros((2, 1, 4, 4), np.uint8), np.array([0, 10])),

@@ -11,13 +11,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.step import DenoisingStep, denoiser_config, validate
+from rediffuse.diffusion.step import DenoisingStep, validate
 from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, UNet, parts, sinusoids, written_out_attention
 from rediffuse.params import load_params
 from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.sampling.guidance import guided
 from rediffuse.sampling.samplers import SAMPLERS, even_times
 from rediffuse.training.average import Average
+from stages.train_ddpm import make_denoiser
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").ddpm
 CPU = torch.device("cpu")
@@ -253,14 +254,14 @@ def test_guidance_without_labels_changes_nothing():
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23)])
 def test_a_saved_denoiser_gives_the_same_bits(tmp_path, shape):
     denoiser = make(shape).to(memory_format=torch.channels_last)
-    save_model(denoiser, {"shape": list(shape)} | SMALL, tmp_path / "model")
+    save_model(denoiser, tmp_path / "model")
     loaded = load_model(Denoiser, tmp_path / "model", CPU)
     assert not loaded.training and loaded.class_names == ("a", "b", "c")
     assert torch.equal(loaded.schedule.log_snr, denoiser.schedule.log_snr)
     x = noisy(2, shape)
     assert torch.equal(loaded(x, at(5, 50), at(0, 1)), denoiser(x, at(5, 50), at(0, 1)))
     first = (tmp_path / "model/model.safetensors").read_bytes()
-    save_model(loaded, {"shape": list(shape)} | SMALL, tmp_path / "again")
+    save_model(loaded, tmp_path / "again")
     assert first == (tmp_path / "again/model.safetensors").read_bytes()
 
 
@@ -284,15 +285,14 @@ def test_features_are_divided_into_equal_parts_of_at_least_a_size(features, size
 
 
 def test_config_of_an_unconditional_model_has_no_classes():
-    assert denoiser_config(SETTINGS, (1, 28, 28), ("a", "b"))["class_names"] == ["a", "b"]
-    config = denoiser_config(SETTINGS.model_copy(update={"conditional": False}), (1, 28, 28), ("a", "b"))
-    assert Denoiser(**config).classes == 0
+    assert make_denoiser(SETTINGS, (1, 28, 28), ("a", "b")).config["class_names"] == ["a", "b"]
+    assert make_denoiser(SETTINGS.model_copy(update={"conditional": False}), (1, 28, 28), ("a", "b")).classes == 0
 
 
 @pytest.mark.parametrize("class_names", [["a", "b", "c"], []])
 def test_a_step_logs_sums_that_belong_to_its_loss(class_names):
     denoiser, images, labels = make(class_names=class_names), (noisy(16).sigmoid() * 255).to(torch.uint8), torch.arange(16) % 3
-    step = DenoisingStep(SETTINGS)
+    step = DenoisingStep(**SETTINGS.select(DenoisingStep))
     loss, measures = step(denoiser, images, labels, step.draw(denoiser, images.shape, seeded()), 0)
     total, count = measures["loss"]
     assert count == 16 and total / count == pytest.approx(loss.item(), rel=1e-5)
@@ -303,10 +303,12 @@ def test_a_step_logs_sums_that_belong_to_its_loss(class_names):
 
 def test_mirrored_images_are_those_that_the_noise_names():
     denoiser, images = make(class_names=[]), (noisy(16).sigmoid() * 255).to(torch.uint8)
-    step = DenoisingStep(SETTINGS.model_copy(update={"flip": True}))
+    step = DenoisingStep(**SETTINGS.model_copy(update={"flip": True}).select(DenoisingStep))
     noise = step.draw(denoiser, images.shape, seeded())
     mirrored = noise.pop("mirrored")
-    assert 0 < mirrored.sum() < 16 and "mirrored" not in DenoisingStep(SETTINGS).draw(denoiser, images.shape, seeded())
+    assert 0 < mirrored.sum() < 16 and "mirrored" not in DenoisingStep(**SETTINGS.select(DenoisingStep)).draw(
+        denoiser, images.shape, seeded()
+    )
     by_hand = torch.stack([image.flip(-1) if flip else image for image, flip in zip(images, mirrored, strict=True)])
     assert step(denoiser, images, None, noise | {"mirrored": mirrored}, 0)[0] == step(denoiser, by_hand, None, noise, 0)[0]
     assert step(denoiser, images, None, noise, 0)[0] != step(denoiser, by_hand, None, noise, 0)[0]
@@ -333,7 +335,7 @@ def shapes(size=8) -> Tensor:
 def overfit(predict: str) -> tuple[Denoiser, float, float]:
     """A denoiser that has seen three labelled images again and again, and its loss before and after."""
     denoiser = make((1, 8, 8), predict=predict, trained=False, width=16, T=50)
-    step = DenoisingStep(SETTINGS.model_copy(update={"loss_weight": "simple", "label_drop": 0.1}))
+    step = DenoisingStep(**SETTINGS.model_copy(update={"loss_weight": "simple", "label_drop": 0.1}).select(DenoisingStep))
     images = ((shapes() + 1) * 127.5).round().to(torch.uint8).repeat(11, 1, 1, 1)[:32]
     labels = torch.arange(32) % 3
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)

@@ -29,19 +29,19 @@ GROUPS = ["seed", "precision", "compile", "launcher", "data", "reference", "vae"
 PREPARE = """
 from pathlib import Path
 from model import TEXT
-Path("data/prepared").mkdir(parents=True, exist_ok=True)
-Path("data/prepared/images").write_text(TEXT + str(Path("data/raw").is_dir()))
+Path("data/pixels").mkdir(parents=True, exist_ok=True)
+Path("data/pixels/images").write_text(TEXT + str(Path("data/raw").is_dir()))
 """
 PIPELINE = {
     "prepare": {
         "cmd": f"PYTHONPATH=src {sys.executable} stages/prepare.py",
         "deps": ["src/model.py", "src/weights", "stages/prepare.py"],
         "params": GROUPS,
-        "outs": ["data/prepared"],
+        "outs": ["data/pixels"],
     },
     "measure": {
         "cmd": "mkdir -p metrics && echo '{\"size\": 5}' > metrics/size.json",
-        "deps": ["data/prepared"],
+        "deps": ["data/pixels"],
         "params": ["seed"],
         "metrics": [{"metrics/size.json": {"cache": False}}],
     },
@@ -161,13 +161,13 @@ def test_changed_parameter_is_named(checkout: Path) -> None:
 
 def test_changed_command_data_and_metrics_are_named(checkout: Path) -> None:
     (checkout / "metrics/size.json").write_text('{"size": 6}')
-    (checkout / "data/prepared/images").unlink()
-    (checkout / "data/prepared/images").write_text("by hand")
+    (checkout / "data/pixels/images").unlink()
+    (checkout / "data/pixels/images").write_text("by hand")
     changed = deepcopy(PIPELINE)
     changed["measure"]["cmd"] += " && true"
     write_pipeline(checkout, changed)
     what = only(checks.results_are_current(checkout, stages(checkout))).what
-    assert "prepare (data/prepared)" in what and "measure (data/prepared, its command, metrics/size.json)" in what
+    assert "prepare (data/pixels)" in what and "measure (data/pixels, its command, metrics/size.json)" in what
     assert_found(checks.results_are_committed(checkout), "warn", "metrics/size.json")
 
 
@@ -210,7 +210,7 @@ def test_data_that_the_code_names_and_nobody_tracks(checkout: Path) -> None:
     (checkout / "data/extra").mkdir()
     (checkout / "data/extra/a.csv").write_text("1,2\n")
     with (checkout / "stages/prepare.py").open("a") as script:
-        script.write('print(open(f"data/extra/{TEXT}.csv"), open("data/prepared/images"), "see data/other")\n')
+        script.write('print(open(f"data/extra/{TEXT}.csv"), open("data/pixels/images"), "see data/other")\n')
     assert_found(checks.data_are_known(checkout, stages(checkout)), "FAIL", "data/extra", "read by stages/prepare.py")
     git(checkout, "add", "-f", "data/extra/a.csv")
     assert only(checks.data_are_known(checkout, stages(checkout))).level == "ok"
@@ -253,17 +253,17 @@ def test_parameters_that_do_not_exist(checkout: Path) -> None:
 def test_parameters_out_of_range(checkout: Path) -> None:
     text = (checkout / "params.yaml").read_text()
     (checkout / "params.yaml").write_text(text.replace("T: 500", "T: 0"))
-    assert_found(checks.parameters_are_listed(checkout, stages(checkout)), "FAIL", "ddpm.T must be", "got 0")
+    assert_found(checks.parameters_are_listed(checkout, stages(checkout)), "FAIL", "ddpm.T: input should be", "got 0")
 
 
 def test_stages_that_keep_old_results(checkout: Path) -> None:
     changed = deepcopy(PIPELINE)
     changed["measure"]["frozen"] = True
-    changed["prepare"]["outs"] = [{"data/prepared": {"persist": True}}]
+    changed["prepare"]["outs"] = [{"data/pixels": {"persist": True}}]
     changed["prepare"]["always_changed"] = True
     write_pipeline(checkout, changed)
     found = checks.stages_are_plain(stages(checkout))
-    assert_found(found, "warn", "measure is frozen", "prepare always runs", "data/prepared persists")
+    assert_found(found, "warn", "measure is frozen", "prepare always runs", "data/pixels persists")
 
 
 def test_settings_of_dvc_that_change_or_tell(checkout: Path) -> None:
@@ -286,13 +286,13 @@ def test_a_pipeline_that_dvc_cannot_read_fails_in_words(checkout: Path) -> None:
 
 def test_results_that_the_cache_has_lost(checkout: Path) -> None:
     shutil.rmtree(checkout / ".dvc/cache")
-    assert_found(checks.results_are_kept(stages(checkout)), "warn", "cache lacks data/prepared")
-    shutil.rmtree(checkout / "data/prepared")  # as after a clone: missing data are not stale results
+    assert_found(checks.results_are_kept(stages(checkout)), "warn", "cache lacks data/pixels")
+    shutil.rmtree(checkout / "data/pixels")  # as after a clone: missing data are not stale results
     assert only(checks.results_are_current(checkout, stages(checkout))).level == "ok"
 
 
 def test_results_that_are_not_checked_out(checkout: Path) -> None:
-    shutil.rmtree(checkout / "data/prepared")
+    shutil.rmtree(checkout / "data/pixels")
     finding = only(checks.results_are_kept(stages(checkout)))
     assert (finding.level, finding.remedy) == ("warn", "dvc checkout")
     assert only(checks.results_are_current(checkout, stages(checkout))).level == "ok"
@@ -300,7 +300,7 @@ def test_results_that_are_not_checked_out(checkout: Path) -> None:
 
 def test_space_is_compared_with_what_an_experiment_takes(checkout: Path) -> None:
     outputs = checks.size_of(stages(checkout))
-    assert outputs == sum((checkout / path).stat().st_size for path in ("data/prepared/images", "metrics/size.json"))
+    assert outputs == sum((checkout / path).stat().st_size for path in ("data/pixels/images", "metrics/size.json"))
     assert only(checks.space_is_left(3 * 10**9, 10**9)).level == "ok"
     assert_found(checks.space_is_left(2 * 10**9, 10**9), "warn", "2.0 GB", "3.0 GB")
     assert doctor.free(checkout / "not" / "there") > 0  # where a cache will lie

@@ -10,11 +10,14 @@ import pytest
 import torch
 import yaml
 
+from rediffuse.evaluation import instruments, pixel_pca
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import spread
 from rediffuse.evaluation.instruments import Instrument
-from rediffuse.evaluation.report import headline, position, predicted_classes, real_sets
+from rediffuse.evaluation.record import View, class_table, distances_by_class, headline, position, predicted_classes, real_sets
 from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.images.sample_sets import Samples, save_samples
+from rediffuse.params import DIMENSIONS
 from rediffuse.runtime.errors import UserError
 from rediffuse.sources.splits import describe
 from stages import evaluate, reference
@@ -30,11 +33,11 @@ def pictures(n: int, seed: int) -> np.ndarray:
 
 
 def prepare(n: int = 320, labelled: bool = True) -> None:
-    """An image set of noise in data/prepared."""
+    """An image set of noise in data/pixels."""
     names = ("train", "validation", "test")
     labels = np.arange(n) % 10 if labelled else None
     splits = {name: ImageSet(pictures(n, seed), labels, CLASSES if labelled else ()) for seed, name in enumerate(names)}
-    save_images("data/prepared", splits, describe(splits, {"set": "noise"}))
+    save_images("data/pixels", splits, describe(splits, {"set": "noise"}))
 
 
 def draw(model: str, labelled: bool, n: int = N) -> Path:
@@ -42,8 +45,7 @@ def draw(model: str, labelled: bool, n: int = N) -> Path:
     folder = Path("data/samples", model)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in (1, 2):
-        labels = {"labels": np.arange(n) % 10} if labelled else {}
-        np.savez(folder / f"{seed}.npz", images=pictures(n, 10 * seed), **labels)
+        save_samples(folder / str(seed), Samples(pictures(n, 10 * seed), np.arange(n) % 10 if labelled else None))
     (folder / "sampling.json").write_text(json.dumps({"n": n, "seeds": [1, 2], "rounding": "nearest"}))
     return folder
 
@@ -58,14 +60,14 @@ def pipeline(tmp_path, monkeypatch):
     Path("data").mkdir()
     prepare()
     draw("vae", labelled=False)
-    np.savez("data/samples/vae/reconstructions.npz", images=pictures(N, 5))
+    save_samples(Path("data/samples/vae/reconstructions"), Samples(pictures(N, 5)))
     draw("ddpm", labelled=True)
     yield tmp_path
     torch.use_deterministic_algorithms(before)
 
 
 def choose(instruments: list[str], accuracy_images: int = 256, **changes: int) -> None:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load((ROOT / "recipes/fashion-mnist-cpu.yaml").read_text())
     params["reference"]["instruments"] = instruments
     params["sample"] |= {"n": N, "seeds": [1, 2]} | changes
     params["evaluate"] |= {"is_splits": 2, "kid_subsets": 5, "kid_subset_size": 100, "accuracy_images": accuracy_images}
@@ -88,7 +90,7 @@ def test_the_same_bytes_are_written_each_time(pipeline, monkeypatch):
         written.append({path: path.read_bytes() for path in files})
         shutil.rmtree("metrics")
         shutil.rmtree("data/reference")
-    assert len(written[0]) == 6 + 2 * 4 + 6  # records and headlines; pictures and classes of each model; instruments and neighbours
+    assert len(written[0]) == 6 + 2 + 6  # records and headlines; classes of each model; instruments and neighbours
     assert written[0] == written[1]
 
 
@@ -124,7 +126,7 @@ def test_an_unlabelled_set_is_judged_by_what_needs_no_labels(pipeline, monkeypat
     record = judge(monkeypatch, "vae")
     assert all("classes" not in part and "is" not in part["scores"] for part in record["instruments"].values())
     assert "accuracy_score" not in json.loads(Path("metrics/evaluation/reference.json").read_text())
-    assert Path("metrics/plots/evaluate_vae/classes.csv").read_text() == "class,fd,n\n"
+    assert Path("metrics/plots/evaluate_vae/classes.csv").read_text() == "class,distance,n\n"
 
 
 def test_an_accuracy_score_that_is_not_asked_for_is_left_out(pipeline, monkeypatch):
@@ -133,6 +135,27 @@ def test_an_accuracy_score_that_is_not_asked_for_is_left_out(pipeline, monkeypat
     record = judge(monkeypatch, "ddpm")
     assert "accuracy_score" not in record and "label_accuracy" not in record  # nor does this instrument know the classes
     assert "accuracy_score" not in json.loads(Path("metrics/reference.json").read_text())
+
+
+def names_in(record) -> set:
+    """All keys of a record, however deep."""
+    parts = record.values() if isinstance(record, dict) else record if isinstance(record, list) else ()
+    return (set(record) if isinstance(record, dict) else set()).union(*map(names_in, parts))
+
+
+def test_the_distances_of_inception_are_called_fid_throughout(pipeline, monkeypatch):
+    """By an instrument that only bears its name: the real one needs weights, and 4,096 images."""
+    monkeypatch.setitem(instruments._KINDS, "inception-v3", instruments._KINDS["pixel-pca-v1"])
+    monkeypatch.setitem(DIMENSIONS, "inception-v3", 8)
+    monkeypatch.setattr(pixel_pca, "DIMENSION", 8)  # of which each class has images enough
+    choose(["inception-v3"])
+    reference.main()
+    record = judge(monkeypatch, "ddpm")
+    written = [json.loads(path.read_text()) for path in sorted(Path("metrics").rglob("*.json"))]
+    assert all("fid" in names_in(part) and "fd" not in names_in(part) for part in written) and len(written) == 4
+    [(id, part)] = record["instruments"].items()
+    assert id.startswith("inception-v3") and part["classes"]["by"] == "label"
+    assert Path("metrics/plots/evaluate_ddpm/classes.csv").read_text().count("\n") == 1 + len(part["classes"]["fid"])
 
 
 @pytest.mark.parametrize("instrument", [CNN, "classifier"])
@@ -161,16 +184,20 @@ def test_too_few_real_images_are_said_before_the_work(pipeline, monkeypatch, n, 
     [
         ({"images": pictures(100, 1)}, "must hold sets of 150 images"),
         ({"images": pictures(N, 1), "labels": np.zeros(N, np.int64)}, "all labelled or none, got 150 labelled, 150 unlabelled"),
-        ({"images": pictures(N, 1).astype(np.float32)}, r"1.npz: the images must be uint8 \(0..255\), got float32"),
+        ({"images": pictures(N, 1).astype(np.float32)}, r"samples/vae/1: the images must be uint8 \(0..255\), got float32"),
         ({"images": np.full((N, 1, 28, 28), np.nan)}, "the images must be uint8"),
         ({"images": pictures(N, 1)[:, :, :20]}, r"\[N, 1, 28, 28\].*got \[150, 1, 20, 28\]"),
-        ({"pictures": pictures(N, 1)}, "must hold the array images, got pictures"),
-        ({"images": pictures(N, 1), "labels": np.full(N, 10)}, "150 integers from 0 to 9"),
+        ({"pictures": pictures(N, 1)}, r"1/images.npy is missing: make it with `dvc repro -f sample_vae`"),
+        ({"images": pictures(N, 1), "labels": np.full(N, 10)}, r"samples/vae/1: labels must be 150 int64 numbers from 0 to 9"),
     ],
 )
 def test_samples_that_cannot_be_judged_stop_before_the_work(pipeline, monkeypatch, arrays, words):
     reference.main()
-    np.savez("data/samples/vae/1.npz", **arrays)
+    folder = Path("data/samples/vae/1")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     monkeypatch.setattr(Instrument, "measure", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(UserError, match=words):
         judge(monkeypatch, "vae")
@@ -179,7 +206,7 @@ def test_samples_that_cannot_be_judged_stop_before_the_work(pipeline, monkeypatc
 def test_samples_of_another_size_than_the_floor_are_refused(pipeline, monkeypatch):
     reference.main()
     draw("vae", labelled=False, n=200)
-    Path("data/samples/vae/reconstructions.npz").unlink()
+    shutil.rmtree("data/samples/vae/reconstructions")
     with pytest.raises(UserError, match="got 2 sets of 200 and 2 of 150: run `dvc repro`"):
         judge(monkeypatch, "vae")
 
@@ -197,12 +224,12 @@ def test_missing_or_damaged_files_name_the_stage_that_makes_them(pipeline, monke
     with pytest.raises(UserError, match=r"sampling.json is missing.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
     draw("vae", labelled=False)
-    first = Path("data/samples/vae/1.npz")
+    first = Path("data/samples/vae/1/images.npy")
     first.write_bytes(first.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"damaged.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
     first.unlink()
-    with pytest.raises(UserError, match=r"1.npz is missing.*dvc repro -f sample_vae"):
+    with pytest.raises(UserError, match=r"1/images.npy is missing.*dvc repro -f sample_vae"):
         judge(monkeypatch, "vae")
 
 
@@ -245,9 +272,21 @@ def test_classes_come_from_the_first_instrument_that_knows_them():
     def view(classes, order):
         logits = torch.eye(3, dtype=torch.float64)[order]
         features = Features(torch.zeros(3, 2, dtype=torch.float64), logits)
-        return evaluate.View(Eye(classes), features, [features, features])
+        return View(Eye(classes), features, [features, features])
 
     blind, first, second = view((), [0, 0, 0]), view(("a", "b", "c"), [2, 1, 0]), view(("a", "b", "c"), [1, 1, 1])
     generated, real = predicted_classes([blind, first, second])
     assert generated.tolist() == [2, 1, 0, 2, 1, 0] and real.tolist() == [2, 1, 0]
     assert predicted_classes([blind]) is None
+
+
+@pytest.mark.parametrize(("name", "distance"), [("inception-v3", "fid"), ("pixel-pca-v1", "fd")])
+def test_a_distance_by_class_has_the_name_of_its_instrument(name, distance):
+    random = torch.Generator().manual_seed(1)
+    real, generated = (Features(torch.randn(56, 4, generator=random, dtype=torch.float64)) for _ in range(2))
+    view = View(Instrument({"name": name, "id": "fake"}, torch.nn.Identity()), real, [generated])
+    classes = torch.arange(56) // 25  # 6 images of the third are too few for a distance
+    found = distances_by_class([view], classes, classes, ("a", "b", "c"))["fake"]
+    assert {of_class: set(row) for of_class, row in found.items()} == {"a": {distance, "n"}, "b": {distance, "n"}, "c": {"n"}}
+    record = {"instruments": {"fake": {"classes": {"by": "label", distance: found}}}}
+    assert class_table(record) == [(of_class, found[of_class][distance], 25) for of_class in ("a", "b")]

@@ -28,14 +28,14 @@ from rediffuse.commands.export import export
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.images.image_set import ImageSet, save_images
-from rediffuse.inference.settings import read_config
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import read_config
 from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.sampling.guidance import guided
 from rediffuse.sampling.samplers import ddim, ddpm, even_times
 from rediffuse.sources.splits import describe
-from rediffuse.tracking.models import directory_md5
-from rediffuse.vae.latents import measure_latents, open_latents
+from rediffuse.tracking.lock import directory_md5
+from rediffuse.vae.latents import load_latents, measure_latents, save_latents
 from rediffuse.vae.model import VAE
 
 CPU = torch.device("cpu")
@@ -74,20 +74,24 @@ def put_ddpm(**changes: Any) -> Denoiser:
     denoiser = Denoiser(**config)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    save_model(denoiser, config, DDPM)
+    save_model(denoiser, DDPM)
     return denoiser.eval()
 
 
+def model_arguments(folder: Path) -> dict[str, Any]:
+    """Those of the class of the model in the folder."""
+    return {name: value for name, value in read_config(folder).items() if name != "kind"}
+
+
 def put_latent_ddpm(checkout: Path) -> Denoiser:
-    config = read_config(checkout / "data/models/vae") | {"latent_channels": 2}
+    config = model_arguments(checkout / "data/models/vae") | {"latent_channels": 2}
     torch.manual_seed(1)
     vae = VAE(**config)
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    save_model(vae, config, checkout / "spatial")
     denoiser = put_ddpm(shape=list(vae.latent_shape), fold=1, multipliers=[1], attention=0, class_names=[], clip=False)
     images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (50, *SHAPE)).astype(np.uint8))
-    measure_latents(checkout / "spatial", images, DDPM / "vae", CPU)
+    save_latents(measure_latents(vae.eval(), images), DDPM)
     return denoiser
 
 
@@ -255,9 +259,9 @@ def test_onnx_has_the_output_of_the_network_for_every_batch(changes: dict[str, A
 @pytest.mark.parametrize("class_names", [[], ["cat", "dog", "owl"]], ids=["no labels", "labels"])
 @pytest.mark.parametrize("latent_channels", [0, 2])
 def test_onnx_has_the_images_of_the_decoder_of_a_vae(latent_channels: int, class_names: list[str]) -> None:
-    config = read_config(Path("data/models/vae")) | {"latent_channels": latent_channels, "shape": [3, 9, 7], "class_names": class_names}
+    config = model_arguments(Path("data/models/vae")) | {"latent_channels": latent_channels, "shape": [3, 9, 7], "class_names": class_names}
     vae = VAE(**config).eval()
-    save_model(vae, config, Path("data/models/vae"))
+    save_model(vae, Path("data/models/vae"))
     export("out", model="vae", form="onnx")
     assert f"(batch, {vae.latent_dim})" in Path("out/README.md").read_text()
     for batch in (1, 7):
@@ -275,7 +279,7 @@ def test_onnx_of_a_ddpm_in_latents_comes_with_the_decoder(checkout: Path) -> Non
     x_0 = 2 * torch.randn(3, *denoiser.shape)
     [images] = session("out/decoder.onnx").run(["image"], {"x_0": x_0.numpy()})
     with torch.inference_mode():
-        expected = open_latents(DDPM / "vae", CPU).decode(x_0)
+        expected = load_latents(DDPM, CPU).decode(x_0)
         output = denoiser(x_0, torch.full((3,), 4), None)
     assert np.abs(images * 255 - expected.numpy().astype(float)).max() < 0.51  # rounded there, not here
     [found] = session("out/model.onnx").run(None, {"x_t": x_0.numpy(), "t": np.full(3, 4)})
@@ -324,12 +328,12 @@ def judged(checkout: Path) -> dict[str, Any]:
     pictures, labels = rng.randint(0, 256, (9, *SHAPE)).astype(np.uint8), np.arange(9) % len(CLASSES)
     splits = {name: ImageSet(pictures, labels, CLASSES) for name in ("train", "validation", "test")}
     about = {"set": "shoes", "description": "9 shoes", "source": "https://shoes.example", "licence": "CC0"}
-    shutil.rmtree("data/prepared")
-    save_images("data/prepared", splits, describe(splits, about))
+    shutil.rmtree("data/pixels")
+    save_images("data/pixels", splits, describe(splits, about))
     Path("metrics/evaluation").mkdir(parents=True)
     report = Path(shutil.copy(PROJECT / "metrics/evaluation/ddpm.json", "metrics/evaluation/ddpm.json"))
     model = [{"path": "data/models/ddpm", "md5": directory_md5(DDPM)}]
-    samples, data = [{"path": "data/samples/ddpm", "md5": "5a.dir"}], [{"path": "data/prepared", "md5": "da.dir"}]
+    samples, data = [{"path": "data/samples/ddpm", "md5": "5a.dir"}], [{"path": "data/pixels", "md5": "da.dir"}]
     scores = subprocess.run(["md5sum", report], capture_output=True, text=True, check=True).stdout.split()[0]
     return {
         "prepare": {"outs": data, "params": {"params.yaml": {"data": {"set": "shoes"}, "seed": 1}}},
@@ -351,7 +355,7 @@ def card(stages: dict[str, Any]) -> dict[str, str]:
 def test_a_card_says_data_licence_scores_instrument_and_parameters(judged: dict[str, Any]) -> None:
     parts = card(judged)
     record = json.loads((PROJECT / "metrics/evaluation/ddpm.json").read_text())
-    manifest = json.loads(Path("data/prepared/manifest.json").read_text())
+    manifest = json.loads(Path("data/pixels/manifest.json").read_text())
     for words in ("shoes", "CC0", "https://shoes.example", manifest["splits"]["train"]["sha256"]["images"], "Ankle boot"):
         assert words in parts["Data"]
     for instrument, part in record["instruments"].items():
@@ -394,7 +398,7 @@ def test_a_card_without_dvc_lock_says_that_nothing_is_known() -> None:
     export("out", model="vae", form="folder")
     text = Path("out/README.md").read_text()
     for words in (
-        "Not known: data/prepared",
+        "Not known: data/pixels",
         "None: when this card was written",
         "No commit is known",
         "parameters it was trained with are not",

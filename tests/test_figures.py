@@ -8,14 +8,31 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_checkout import CLASSES as NAMES
+from tiny_checkout import SHAPE, make_checkout
 
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.figures.ddpm import MOMENTS, TIMES, draw_denoising, draw_noising
 from rediffuse.figures.grid import annotate, class_rows, grid, reconstructions, strip
-from rediffuse.figures.latent import latent_map, principal_components, prior_lattice
-from rediffuse.figures.pairs import CELL, GAP, Neighbours, pairs
-from rediffuse.figures.scores import GREY, MODEL, REAL, USELESS, class_chart, score_chart
+from rediffuse.figures.latent import latent_map, principal_components
+from rediffuse.figures.neighbours import CELL, GAP, Neighbours, draw_neighbours, pairs
+from rediffuse.figures.samples import ROWS, draw_samples
+from rediffuse.figures.scores import GREY, MODEL, REAL, USELESS, class_chart, draw_scores, score_chart
+from rediffuse.figures.vae import draw_vae
 from rediffuse.images.files import save_png
-from rediffuse.training.curves import read_curves, write_curves
+from rediffuse.images.image_set import ImageSet
+from rediffuse.images.pixels import from_unit, to_unit
+from rediffuse.images.sample_sets import Samples
+from rediffuse.params import Params
+from rediffuse.runtime.shards import draw
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sampling.space import load_space
+from rediffuse.training.curves import Curves, write_curve, write_curves
+from rediffuse.vae.model import VAE
+from stages.train_vae import make_vae
 
 
 def flat(*values: int, channels: int = 1, size: int = 1) -> np.ndarray:
@@ -79,7 +96,7 @@ def test_annotation_leaves_the_picture_untouched(channels: int) -> None:
 
 
 def test_png_has_the_same_bytes_each_time_and_nothing_but_pixels(tmp_path: Path) -> None:
-    for picture in (grid(flat(1, 2, 3), 2), grid(flat(1, 2, channels=3), 2), np.eye(9, dtype=np.uint8)):
+    for picture in (grid(flat(1, 2, 3), 2), grid(flat(1, 2, channels=3), 2), np.eye(9, dtype=np.uint8)[:, :, None]):
         save_png(picture, tmp_path / "new" / "a.png")
         save_png(picture, tmp_path / "b.png")
         assert (tmp_path / "new" / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -125,31 +142,15 @@ def test_principal_components_of_a_collapsed_posterior_are_zero() -> None:
     assert not points.any() and not shares.any()
 
 
-def test_prior_lattice_holds_the_quantiles_with_z_2_upwards() -> None:
-    lattice = prior_lattice(3).reshape(3, 3, 2)
-    outer = 0.967421566101701  # the 5/6 quantile of the standard normal
-    np.testing.assert_allclose(lattice[0, :, 0], [-outer, 0, outer], atol=1e-12)
-    np.testing.assert_allclose(lattice[:, 0, 1], [outer, 0, -outer], atol=1e-12)
-
-
 def test_curves_read_back_exactly(tmp_path: Path) -> None:
-    rows: list[dict[str, float]] = [
-        {"images": 100, "loss": 0.1 + 0.2},
-        {"images": 200, "validation": 1e-300, "loss": 1 / 3},
-        {"images": 300, "loss": 2},
-    ]
-    write_curves(tmp_path / "curves.csv", rows)
-    assert read_curves(tmp_path / "curves.csv") == rows
-    assert (tmp_path / "curves.csv").read_text() == (
+    training = [{"images": 100, "loss": 0.1 + 0.2}, {"images": 200, "validation": 1e-300, "loss": 1 / 3}, {"images": 300, "loss": 2}]
+    write_curves(tmp_path / "plots", Curves(training, []))
+    assert (tmp_path / "plots/training.csv").read_text() == (
         "images,loss,validation\n100,0.30000000000000004,\n200,0.3333333333333333,1e-300\n300,2.0,\n"
     )
-
-
-def test_curves_without_rows_still_have_their_first_column(tmp_path: Path) -> None:
-    write_curves(tmp_path / "curves.csv", [])
-    assert (tmp_path / "curves.csv").read_text() == "images\n"
-    with pytest.raises(ValueError, match="whole number"):
-        write_curves(tmp_path / "curves.csv", [{"images": 0.5}])
+    assert (tmp_path / "plots/validation.csv").read_text() == "images\n"  # without rows there is still the first column
+    write_curve(tmp_path / "one.csv", training)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "plots/training.csv").read_bytes()
 
 
 def neighbours(*shades: int, channels: int = 1, size: int = 28) -> Neighbours:
@@ -191,13 +192,40 @@ def test_columns_of_all_blocks_stand_below_each_other() -> None:
     assert ((last == 20).sum(axis=0) == 2 * CELL).all()
 
 
+CLOSEST = [{"index": 2, "nearest": [4, 5], "ratio": 0.3}, {"index": 0, "nearest": [0, 1], "ratio": 0.5}]  # as in a record
+
+
 def test_neighbours_are_taken_by_their_indices() -> None:
-    images, train = flat(1, 2, 3), flat(*range(100, 110))
-    index = np.array([[0, 1], [2, 3], [4, 5]])
-    found = Neighbours.of(images, train, index, np.array([0.1, 0.2, 0.3]), rows=np.array([2, 0]))
+    found = Neighbours.of(CLOSEST, flat(1, 2, 3), flat(*range(100, 110)))
     assert found.images.ravel().tolist() == [3, 1]
     assert found.nearest.ravel().tolist() == [104, 100] and found.second.ravel().tolist() == [105, 101]
-    assert found.ratio.tolist() == [0.3, 0.1]
+    assert found.ratio.tolist() == [0.3, 0.5]
+
+
+def test_the_picture_of_neighbours_has_samples_above_real_images(tmp_path: Path) -> None:
+    samples, train, test = flat(1, 2, 3, size=28), flat(*range(100, 110), size=28), flat(201, 202, size=28)
+    real = [{"index": 1, "nearest": [7, 8], "ratio": 0.9}]
+    draw_neighbours({"closest": CLOSEST}, {"closest": real}, samples, ImageSet(train), ImageSet(test), tmp_path)
+    expected = {"generated": Neighbours.of(CLOSEST, samples, train), "real, unseen": Neighbours.of(real, test, train)}
+    with Image.open(tmp_path / "neighbours.png") as picture:
+        assert np.array_equal(np.asarray(picture), pairs(expected).squeeze(2))
+        assert {3, 1, 104, 100, 105, 101, 202, 107, 108} <= set(np.unique(picture).tolist())
+
+
+def test_the_picture_of_samples_has_a_row_for_each_class_where_they_have_labels(tmp_path: Path) -> None:
+    def drawn(samples: Samples, names: list[str]) -> np.ndarray:
+        draw_samples(samples, names, tmp_path)
+        with Image.open(tmp_path / "samples.png") as picture:
+            return np.asarray(picture)
+
+    images = flat(*range(120), size=9)
+    assert np.array_equal(drawn(Samples(images), []), grid(images[:100], 10, scale=2).squeeze(2))
+    labels = np.arange(120) % 3
+    rows = class_rows(images, labels, 3, 10)
+    assert np.array_equal(drawn(Samples(images, labels), ["a", "b ", "c"]), annotate(rows, ["a", "b", "c"], []).squeeze(2))
+    many = [str(index) for index in range(ROWS + 1)]
+    rows = class_rows(images, labels, ROWS, 10)
+    assert np.array_equal(drawn(Samples(images, labels), many), annotate(rows, many[:-1], ["the first 50 of 51 classes"]).squeeze(2))
 
 
 def test_neighbours_must_be_as_many_as_images() -> None:
@@ -205,6 +233,79 @@ def test_neighbours_must_be_as_many_as_images() -> None:
     for parts in ((two, one, two, np.ones(2)), (two, two, two, np.ones(3)), (one[:0], one[:0], one[:0], np.ones(0))):
         with pytest.raises(ValueError, match="as many neighbours"):
             Neighbours(*parts)
+
+
+# What the models make: cells of the pictures are compared with images made here.
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[VAE, Denoiser, Params, Path]:
+    root = tmp_path_factory.mktemp("models")
+    params = make_checkout(root, vae__conditional=True)
+    cpu = torch.device("cpu")
+    return (*(load_model(kind, root / f"data/models/{kind.kind}", cpu) for kind in (VAE, Denoiser)), params, root)
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)[:, :, None]
+
+
+def random_images(n: int) -> np.ndarray:
+    return np.random.RandomState(3).randint(0, 256, (n, *SHAPE)).astype(np.uint8)
+
+
+def test_noising_begins_with_the_images_and_ends_with_noise(models: Any, tmp_path: Path) -> None:
+    _, denoiser, _, root = models
+    images = random_images(5)
+    space = load_space(root / "data/models/ddpm", denoiser.shape, torch.device("cpu"))
+    draw_noising(denoiser.schedule, space, torch.from_numpy(images), seed=1, folder=tmp_path)
+    picture = read(tmp_path / "noising.png")
+    shown = strip(np.stack([images[:3]] * TIMES, axis=1))
+    assert picture.shape[1] == shown.shape[1]
+    first, last = np.s_[: len(shown), : shown.shape[1] // TIMES], np.s_[: len(shown), -(shown.shape[1] // TIMES) :]
+    assert (picture[first] == shown[first]).all() and (picture[last] != shown[last]).mean() > 0.5
+
+
+def test_denoising_ends_with_the_images_of_the_first_seed(models: Any, tmp_path: Path) -> None:
+    _, denoiser, params, root = models
+    space = load_space(root / "data/models/ddpm", denoiser.shape, torch.device("cpu"))
+    sampling = {"n": 1000, "seeds": [3, 4], "rounding": "nearest"} | params.sample.ddpm.model_dump()
+    with torch.inference_mode():
+        draw_denoising(denoiser, space, sampling, params.precision, tmp_path)
+        draw_shard = ddpm_shards(denoiser, params.sample.ddpm, params.precision, space=space)
+        expected = draw(1000, draw_shard, seed=3, title="images").numpy()[:10]
+    picture, columns = read(tmp_path / "denoising.png"), min(params.sample.ddpm.steps, MOMENTS) + 1
+    shown = strip(np.stack([expected] * columns, axis=1))
+    last = np.s_[: len(shown), -(shown.shape[1] // columns) :]
+    assert (picture[last] == shown[last]).all()
+    assert picture.shape[1] > shown.shape[1]  # the names of the classes
+
+
+def test_pictures_of_a_vae_show_what_it_makes_of_the_first_images(models: Any, tmp_path: Path) -> None:
+    vae, *_ = models
+    images, labels = random_images(45), np.arange(45) % 3
+    with torch.inference_mode():
+        draw_vae(vae, ImageSet(images, labels, NAMES), tmp_path / "labelled")
+        first, given = torch.from_numpy(images[:30]), torch.from_numpy(labels[:30])
+        decoded = from_unit(vae.decode(vae.encode(to_unit(first), given)[0], given)).numpy()
+    assert {path.stem for path in (tmp_path / "labelled").iterdir()} == {"latent", "reconstructions", "interpolation", "analogies"}
+    shown = reconstructions(images[:30], decoded, 10)
+    assert (read(tmp_path / "labelled/reconstructions.png")[:, -shown.shape[1] :] == shown).all()
+    walk = read(tmp_path / "labelled/interpolation.png")
+    begin = grid(decoded[:10].repeat(10, axis=0), 10, scale=2)  # each walk begins at a reconstruction
+    assert (walk[:, : 2 + 2 * SHAPE[2]] == begin[:, : 2 + 2 * SHAPE[2]]).all()
+    analogies = read(tmp_path / "labelled/analogies.png")
+    assert (analogies[: 2 + 2 * SHAPE[1], -(10 * (2 + 2 * SHAPE[2]) + 2) :] == strip(images[None, :10])[:-2]).all()
+
+
+def test_a_vae_without_labels_or_with_few_images_is_drawn_too(models: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = make_vae(models[2].vae.model_copy(update={"conditional": False}), SHAPE).eval()
+    for n in (1, 7, 45):
+        with torch.inference_mode():
+            draw_vae(vae, ImageSet(random_images(n)), tmp_path / str(n))
+        assert {path.stem for path in (tmp_path / str(n)).iterdir()} == {"latent", "reconstructions", "interpolation"}
 
 
 def several(*values: float) -> dict[str, Any]:
@@ -215,6 +316,11 @@ SHARES = {name: several(0.7, 0.72, 0.75) for name in ("precision", "recall", "de
 CLASSES = {"boot": {"fd": 3.0, "n": 700}, "bag": {"fd": 0.5, "n": 700}, "shirt": {"n": 12}}
 
 
+def called(distance: str, classes: dict[str, Any]) -> dict[str, Any]:
+    """The same distances by another name."""
+    return {name: {distance if key == "fd" else key: value for key, value in row.items()} for name, row in classes.items()}
+
+
 def records(distance: str = "fd", names: tuple[str, ...] = ("cnn", "random")) -> tuple[dict[str, Any], dict[str, Any]]:
     """The records of a model and of the reference, with these instruments."""
     part = {
@@ -222,7 +328,7 @@ def records(distance: str = "fd", names: tuple[str, ...] = ("cnn", "random")) ->
         "expected_bias": 0.05,
         "is_max": 10,
         "scores": {distance: several(1.5, 1.7, 2.2), "is": several(7.1, 7.2), **SHARES},
-        "classes": {"by": "label", "fd": CLASSES},
+        "classes": {"by": "label", distance: called(distance, CLASSES)},
     }
     rows = {
         "train": {distance: several(0.07, 0.08), "is": several(8.4, 8.5), **SHARES},
@@ -232,7 +338,7 @@ def records(distance: str = "fd", names: tuple[str, ...] = ("cnn", "random")) ->
         "pixel_marginals": {distance: 60.0},
         "noise": {distance: 200.0},
     }
-    classes = {"label": {"boot": {"fd": 0.2, "n": 700}, "bag": {"fd": 0.2, "n": 700}, "shirt": {"n": 9}}}
+    classes = {"label": called(distance, {"boot": {"fd": 0.2, "n": 700}, "bag": {"fd": 0.2, "n": 700}, "shirt": {"n": 9}})}
     record = {
         "model": "ddpm",
         "sampling": {"n": 5000, "seeds": [1, 2, 3]},
@@ -375,3 +481,10 @@ def test_class_chart_without_classes_says_so() -> None:
     del record["instruments"]["cnn"]["classes"]
     picture = class_chart(record, reference)
     assert picture.shape[1] == 800 and picture.min() < 200 and count(picture, MODEL) == 0
+
+
+def test_scores_and_classes_are_written(tmp_path: Path) -> None:
+    draw_scores(*records(), tmp_path)
+    for name, chart in (("scores", score_chart), ("classes", class_chart)):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert np.array_equal(np.asarray(picture), chart(*records()))

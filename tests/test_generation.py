@@ -21,7 +21,7 @@ from rediffuse.runtime.shards import SHARD, shard_generator
 from rediffuse.runtime.weights import load_model
 from rediffuse.sampling.guidance import guided
 from rediffuse.vae.model import VAE
-from stages import sample
+from stages import sample_ddpm, sample_vae
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,15 @@ def checkout(tmp_path, monkeypatch):
         monkeypatch.chdir(root)
         return root
 
+    monkeypatch.setenv("REDIFFUSE_TRACKING", "off")
     return make
+
+
+def as_file(array):
+    """The bytes of the array in a file of the stages'."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def drawn(model="ddpm", *, n=4, seed=3, **options):
@@ -69,14 +77,14 @@ def message(model="ddpm", output="out.png", *, n=1, seed=1, **options):
     ],
 )
 def test_generate_draws_the_images_of_the_stage_to_the_byte(checkout, changes):
-    root = checkout(sample__n=1000, **changes)
-    params = load_params()
-    with torch.inference_mode():
-        sample.draw_ddpm(params, Path("data/samples/ddpm"), root / "plots/ddpm")
-        sample.draw_vae(params, Path("data/samples/vae"), root / "plots/vae")
+    checkout(sample__n=1000, **changes)
+    sample_ddpm.main()
+    sample_vae.main()
     for model in ("ddpm", "vae"):
-        generate(model, f"{model}.npz", n=1000, seed=3)
-        assert Path(f"{model}.npz").read_bytes() == Path(f"data/samples/{model}/3.npz").read_bytes()
+        files = {path.stem: path.read_bytes() for path in Path(f"data/samples/{model}/3").iterdir()}
+        assert set(files) == {"images", "labels"} if model == "ddpm" and load_params().ddpm.conditional else {"images"}
+        with np.load(generate(model, f"{model}.npz", n=1000, seed=3)) as made:
+            assert {name: as_file(made[name]) for name in made.files} == files
 
 
 def test_one_step_is_the_denoiser_applied_to_noise(checkout):
@@ -157,10 +165,8 @@ def test_a_model_in_any_folder_is_drawn_from(checkout, tmp_path):
 def test_generate_draws_from_the_mixture_of_the_stage(checkout):
     root = checkout(sample__vae__prior="mixture")
     assert "dvc repro sample_vae" in message("vae")
-    with torch.inference_mode():
-        sample.draw_vae(load_params(), Path("data/samples/vae"), root / "plots")
-    with np.load("data/samples/vae/3.npz") as file:
-        assert np.array_equal(images_of("vae", n=100), file["images"][:100])
+    sample_vae.main()
+    assert np.array_equal(images_of("vae", n=100), np.load("data/samples/vae/3/images.npy")[:100])
     params = write_params(root, {"sample.vae.prior": "mixture", "sample.vae.components": 4})
     assert "4 components" in message("vae")
     write_params(root, {"sample.vae.prior": "mixture"})
@@ -195,7 +201,7 @@ def test_a_folder_appears_wholly_or_not_at_all(checkout, monkeypatch):
             raise OSError("disk full")
         return b""
 
-    monkeypatch.setattr(formats, "encode_png", fail)
+    monkeypatch.setattr(formats, "encode_image", fail)
     before = sorted(Path().iterdir())
     with pytest.raises(OSError, match="disk full"):
         generate("ddpm", "folder", n=4, seed=1)
@@ -257,7 +263,7 @@ def test_what_does_not_fit_is_named(checkout, options, text):
 def test_a_missing_or_damaged_model_is_named(checkout, monkeypatch, tmp_path):
     root = checkout()
     (root / "data/models/vae/config.json").write_text(json.dumps({"width": 3}))
-    assert "no model that is known" in message("vae")
+    assert "must name the kind of the model, vae or ddpm, got none" in message("vae")
     (root / "data/models/ddpm/config.json").write_text("{")
     assert "cannot be read" in message()
     (root / "data/models/ddpm/config.json").unlink()
@@ -268,7 +274,7 @@ def test_a_missing_or_damaged_model_is_named(checkout, monkeypatch, tmp_path):
 
 def test_images_with_three_channels_are_written_in_colour():
     image = np.arange(3 * 2 * 5, dtype=np.uint8).reshape(3, 2, 5)
-    with Image.open(io.BytesIO(formats.encode_png(image))) as picture:
+    with Image.open(io.BytesIO(formats.encode_image(image))) as picture:
         assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), image.transpose(1, 2, 0))
 
 

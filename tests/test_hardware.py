@@ -1,60 +1,27 @@
 """What makes training fast: compiled networks, CUDA, an optimizer without detours; and that none changes what is learnt."""
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rediffuse.training.adamw import AdamW
 from torch import Tensor, nn
 
-from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.step import DenoisingStep, denoiser_config
+from rediffuse.diffusion.step import DenoisingStep
 from rediffuse.diffusion.unet import ResidualBlock
 from rediffuse.params import load_params
 from rediffuse.runtime.device import compile_parts, make_deterministic
 from rediffuse.training.loop import Trainer
-from rediffuse.vae.model import VAE
-from rediffuse.vae.step import VAEStep, vae_config
+from rediffuse.vae.step import VAEStep
+from stages.train_ddpm import make_denoiser
+from stages.train_vae import make_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = load_params(ROOT / "params.yaml")
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
-def test_the_optimizer_is_torchs_bit_for_bit():
-    def trained(kind: type[torch.optim.AdamW]) -> list[Tensor]:
-        torch.manual_seed(0)
-        network, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)), torch.randn(16, 5)
-        optimizer = kind(network.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (1 + done))
-        for i in range(6):
-            optimizer.zero_grad()
-            network(x).square().mean().backward()
-            optimizer.step()
-            rate.step()
-            if i == 2:  # as a resumed run
-                kept = copy.deepcopy(optimizer.state_dict())
-                optimizer = kind(network.parameters(), lr=0.5, fused=True)
-                rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 / (1 + done))
-                optimizer.load_state_dict(kept)
-        return [parameter.detach() for parameter in network.parameters()]
-
-    ours, torchs = trained(AdamW), trained(torch.optim.AdamW)
-    assert all(map(torch.equal, ours, torchs)) and not any(parameter.isnan().any() for parameter in ours)
-
-
-def test_an_uncompiled_step_does_not_import_the_compiler():
-    step = "import test_hardware as t; t.trainer_on(t.CPU, 'vae')._step(); import sys; print('torch._dynamo' in sys.modules)"
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    found = subprocess.run([sys.executable, "-c", step], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
-    assert found.stdout == "False\n"
 
 
 def test_float32_is_not_rounded_to_tf32() -> None:
@@ -152,10 +119,13 @@ def trainer_on(on: torch.device, group: str, *, compile: str = "never", precisio
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     if group == "vae":
-        model, step = VAE(**(vae_config(PARAMS.vae, (1, 28, 28)) | {"channels": [4, 8], "hidden": 16})), VAEStep(PARAMS.vae)
+        model, step = (
+            make_vae(PARAMS.vae.model_copy(update={"channels": [4, 8], "hidden": 16}), (1, 28, 28)),
+            VAEStep(**PARAMS.vae.select(VAEStep)),
+        )
     else:
-        model = Denoiser(**(denoiser_config(PARAMS.ddpm, (1, 28, 28), ["a", "b"]) | {"width": 16}))
-        step = DenoisingStep(PARAMS.ddpm)
+        model = make_denoiser(PARAMS.ddpm.model_copy(update={"width": 16}), (1, 28, 28), ["a", "b"])
+        step = DenoisingStep(**PARAMS.ddpm.select(DenoisingStep))
     return Trainer(
         model,
         step,

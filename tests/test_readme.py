@@ -1,6 +1,5 @@
-"""The README against the repository: its figures are those of the committed run, its links lead somewhere."""
+"""The README against the repository: its links lead somewhere, its commands exist.  (Its figures: tests/check_results.py.)"""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,80 +7,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-INSTRUMENT = "fashion-mnist-cnn-v1"
-
-
-def metrics(name):
-    return json.loads((ROOT / f"metrics/{name}.json").read_text())
-
-
-def records():
-    """The full records of the real images, the VAE and the DDPM."""
-    return [metrics(f"evaluation/{name}") for name in ("reference", "vae", "ddpm")]
-
-
-def cells(label, text=README):
-    """The cells of the one table row whose first cell begins so."""
-    [row] = [line for line in text.splitlines() if line.startswith(f"| {label}")]
-    return [cell.strip() for cell in row.strip("|").split("|")[1:]]
-
-
-def shown(spread, digits):
-    return f"{spread['mean']:.{digits}f} ± {spread['std']:.{digits}f}"
-
-
-def test_scores_are_those_of_the_committed_run():
-    reference, vae, ddpm = records()
-    places = [record["instruments"][INSTRUMENT] for record in (reference, vae, ddpm)]
-    scores = [places[0]["rows"]["train"], places[1]["scores"], places[2]["scores"]]
-    floor, of_vae, of_ddpm = (score["fd"] for score in scores)
-    assert cells(f"Fréchet distance, `{INSTRUMENT}`") == [shown(floor, 3), shown(of_vae, 2), shown(of_ddpm, 2)]
-    assert cells("its place between") == ["0", *(f"{place['position']['mean']:.3f}" for place in places[1:])]
-    assert cells("KID") == [shown(score["kid"], 4) for score in scores]
-    assert cells("inception score") == [shown(score["is"], 2) for score in scores]
-    for name in ("precision", "recall", "density", "coverage"):
-        assert cells(name) == [shown(score[name], 3) for score in scores]
-    assert cells("accuracy on real images") == [shown(reference["accuracy_score"], 3), "", shown(ddpm["accuracy_score"], 3)]
-    assert cells("drawn as the class")[2] == shown(ddpm["label_accuracy"], 3)
-    assert cells("copies of training")[1:] == [f"{record['memorisation']['copies']['mean']:.4f}" for record in (vae, ddpm)]
-    assert cells("VAE's reconstructions")[1] == f"{places[1]['reconstructions']['fd']:.2f}"
-
-
-def test_scores_of_the_label_free_instrument_are_those_of_the_committed_run():
-    reference, vae, ddpm = records()
-    [id] = [id for id in reference["instruments"] if id.startswith("random-conv-v1-")]
-    floor = reference["instruments"][id]["rows"]["train"]["fd"]
-    of_models = [record["instruments"][id]["scores"]["fd"] for record in (vae, ddpm)]
-    assert cells("Fréchet distance, `random-conv-v1`") == [shown(floor, 3), *(shown(fd, 2) for fd in of_models)]
-
-
-def test_floor_and_memorisation_of_the_documentation_are_those_of_the_committed_run():
-    text, (reference, vae, ddpm) = (ROOT / "docs/evaluation.md").read_text(), records()
-    ids = list(reference["instruments"])
-    rows = [reference["instruments"][id]["rows"] for id in ids]
-    assert cells("images", text) == [f"`{id}`" for id in ids]
-    assert cells("real training images (the floor)", text) == [shown(row["train"]["fd"], 3) for row in rows]
-    assert cells("uniform noise", text) == [f"{row['noise']['fd']:,.1f}" for row in rows]
-    assert cells("the mean image", text) == [f"{row['mean_image']['fd']:,.1f}" for row in rows]
-    real = reference["memorisation"]
-    spreads = [record["memorisation"] for record in (vae, ddpm)]
-    for name, form in (("copies", "{:.4f}"), ("authentic", "{:.3f}"), ("mann_whitney_z", "{:+.1f}")):
-        values = [real["test"][name], real["train"][name], *(spread[name]["mean"] for spread in spreads)]
-        assert cells(f"`{name}`", text) == [form.format(value) for value in values]
-
-
-def test_likelihoods_are_those_of_the_committed_run():
-    vae = metrics("train_vae")
-    test = vae["test"]
-    assert cells("negative ELBO") == [f"{test['elbo']:.1f} = {test['reconstruction']:.1f} + {test['kl']:.1f}"]
-    assert cells("bound with 100") == [f"{vae['iwae_100']:.1f}"]
-    assert cells("active latent") == [str(vae["active_units"])]
-
-
-def test_the_default_run_is_as_good_as_it_must_be():
-    assert metrics("train_vae")["test"]["elbo"] <= 245
-    assert metrics("evaluation/reference")["instruments"][INSTRUMENT]["instrument"]["accuracy"] >= 0.92
-    assert metrics("ddpm")[INSTRUMENT]["fd"] < metrics("vae")[INSTRUMENT]["fd"]
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
@@ -93,6 +18,6 @@ def test_links_lead_to_files(path):
 
 def test_the_commands_of_the_readme_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"(?:`|^    )make (\w+)", README, re.MULTILINE))
+    targets = set(re.findall(r"(?:`|^    )make ([\w-]+)", README, re.MULTILINE))
     assert {"repro", "test", "ui"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)

@@ -19,10 +19,10 @@ from toy import FOREIGN, add_row, client, commit, copy_repository, dvc, experime
 
 from rediffuse.cli import main
 from rediffuse.commands.rebuild import rebuild
-from rediffuse.commands.revision import read_lock
 from rediffuse.commands.verdict import STATUS, Metric, Output, compare_outputs, first_diverging, judge, spread_of
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.environment import describe_environment, environment_digest
+from rediffuse.tracking.lock import read_lock
 
 PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def test_experiment_is_rebuilt_exactly_and_the_row_says_so(root: Path, capfd: py
     commit_ = git(root, "rev-parse", experiment_ref(root, "larger"))
     assert lines[0] == f"row larger ({row}), rebuilt from experiment commit {commit_[:7]} (tag dvc.exp_rev)"
     made = read_lock(git(root, "show", f"{commit_}:dvc.lock").encode(), "")
-    for stage, path in (("prepare", "data/prepared"), ("train", "data/model.txt"), ("evaluate", "metrics/toy.json")):
+    for stage, path in (("prepare", "data/pixels"), ("train", "data/model.txt"), ("evaluate", "metrics/toy.json")):
         (md5,) = (out["md5"][:8] for out in made[stage]["outs"] if out["path"] == path)
         assert [stage, path, md5, md5, "same"] in [line.split() for line in lines]
     assert "metrics: all 2 numbers are those of the row" in lines

@@ -96,7 +96,9 @@ for number, (stage, experiment, value) in enumerate(stages):
     with stage_run(stage, params) as run:
         for images in range(50):
             run.log_curve(images, {f"{stage[6:]}/loss": value + images})
-        run.log_metrics({f"{stage}/end": value})
+        (folder / me).mkdir(exist_ok=True)
+        (folder / me / f"{stage}.json").write_text(json.dumps({"end": value}))
+        run.log_results(folder / me / f"{stage}.json")
         meet(2 * number + 1)
 """
 PAIRS = ["pair0", "pair1", "pair2"]

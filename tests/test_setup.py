@@ -148,7 +148,7 @@ def test_nobody_is_told_what_is_run(checkout: Path) -> None:
 def test_make_alone_lists_the_targets(checkout: Path) -> None:
     shown = make(checkout)
     assert shown.returncode == 0
-    assert {"repro", "test", "ui", "lock"} <= set(re.findall(r"^make (\w+)", shown.stdout, re.MULTILINE))
+    assert {"repro", "test", "check-results", "ui", "lock"} <= set(re.findall(r"^make ([\w-]+)", shown.stdout, re.MULTILINE))
     assert not (checkout / ".venv").exists()
 
 
@@ -169,10 +169,10 @@ def test_lock_has_every_package_the_project_names() -> None:
     assert wanted <= {name.lower().replace("_", "-") for name in locked}
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_the_tests_then_checks_the_results() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text().splitlines()
+    assert script.read_text().splitlines()[-2:] == ["make test", "make check-results"]
 
 
 @pytest.fixture

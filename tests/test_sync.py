@@ -1,6 +1,7 @@
 """Rows completed from DVC's state alone: a real pipeline of DVC with small stages, a real store, no stage that logs in time."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
 
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.identity import experiments
+from rediffuse.tracking.git import experiments
 from rediffuse.tracking.lineage import lineage_of_checkout
 from rediffuse.tracking.store import connect
 from rediffuse.tracking.sync import Outcome, sync
+from rediffuse.tracking.views import MOST, TAG, view_of
 
 NUMBERS = {"train_ddpm/loss": 25.0, "ddpm/loss": 25.0, "ddpm/fd": 28.0}  # of the default parameters: T = 500, neighbours = 3
 
@@ -220,6 +222,107 @@ def test_experiment_whose_data_are_elsewhere_gets_what_there_is(repository: Path
     assert next(outcome.what for outcome in sync() if outcome.name == "far") == "completed"
     assert "images/ddpm~noising.png" in files(repository, row)
     check_unchanged(repository)
+
+
+# Nothing to complete from
+
+
+def test_experiment_on_data_that_no_commit_has_says_which_and_what_to_do(repository: Path) -> None:
+    (repository / "data" / "digits").mkdir()
+    (repository / "data" / "digits" / "a.txt").write_text("1")
+    run(repository, "dvc", "add", "-q", "data/digits")
+    text = (repository / "dvc.yaml").read_text()
+    (repository / "dvc.yaml").write_text(text.replace("deps: [raw.txt, stage.py]", "deps: [data/digits, stage.py]"))
+    run(repository, "dvc", "exp", "run", "-n", "digits", REDIFFUSE_TRACKING="off")
+    what = {outcome.name: outcome.what for outcome in sync()}["digits"]
+    assert what.startswith("skipped: stage prepare does not agree with its dvc.lock: data/digits is in no commit")
+    assert "`git add data/digits.dvc` and commit before `dvc exp run`" in what and "stage.py" not in what
+
+
+def test_experiment_whose_code_was_edited_by_hand_says_what_differs(repository: Path) -> None:
+    run(repository, "dvc", "exp", "run", "-n", "edited", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
+    ((_, commit),) = experiments(repository).items()
+    ref = run(repository, "git", "for-each-ref", "--format=%(refname)", "--points-at", commit, "refs/exps").stdout.split()[-1]
+    run(repository, "git", "checkout", "-q", "-f", "--detach", commit)
+    with (repository / "stage.py").open("a") as code:
+        code.write("# another")
+    run(repository, "git", "commit", "-q", "-a", "-m", "by hand")
+    run(repository, "git", "update-ref", ref, "HEAD")
+    run(repository, "git", "checkout", "-q", "-f", "main")
+    what = {outcome.name: outcome.what for outcome in sync()}["edited"]
+    assert what == "skipped: stage prepare does not agree with its dvc.lock: stage.py differs"
+
+
+# The last process that runs completes the row
+
+
+def edit(root: Path, old: str, new: str, name: str = "stage.py") -> None:
+    text = (root / name).read_text()
+    assert old in text
+    (root / name).write_text(text.replace(old, new))
+
+
+def test_stage_that_writes_the_same_bytes_again_completes_the_row(repository: Path) -> None:
+    edit(repository, "deps: [raw.txt, stage.py]", "deps: [raw.txt, stage.py, notes.txt]", "dvc.yaml")
+    (repository / "notes.txt").write_text("1")
+    assert run(repository, "dvc", "repro").stdout.count("Running stage") == 1
+    ((name, row),) = rows(repository).items()
+    assert numbers(row) == NUMBERS and "images/ddpm~noising.png" in files(repository, row)
+    assert statuses(row) == {"prepare": "finished", "train_ddpm": "cached", "evaluate_ddpm": "cached"}
+    assert row.data.tags["rediffuse.state"]
+    (repository / "notes.txt").write_text("2")
+    run(repository, "dvc", "exp", "run", "-n", "noted")
+    assert numbers(rows(repository)["noted"]) == NUMBERS
+    run(repository, "dvc", "repro", "-f", "-s", "prepare")  # a second attempt in the row of the commit
+    assert numbers(rows(repository)[name]) == NUMBERS
+
+
+def test_row_of_two_stages_that_run_again_is_complete(repository: Path) -> None:
+    edit(repository, "T: 500 ", "T: 600 ", "params.yaml")
+    run(repository, "dvc", "repro")
+    ((name, first),) = rows(repository).items()
+    run(repository, "dvc", "repro", "-f", "-s", "train_ddpm", "evaluate_ddpm")
+    again = rows(repository)[name]
+    assert again.info.run_id != first.info.run_id and again.data.tags["rediffuse.attempt"] == "2"
+    assert numbers(again) == numbers(first) == {"train_ddpm/loss": 30.0, "ddpm/loss": 30.0, "ddpm/fd": 33.0}
+    assert statuses(again) == {"prepare": "cached", "train_ddpm": "finished", "evaluate_ddpm": "finished"}
+
+
+# The page that compares rows
+
+
+def charts(root: Path) -> tuple[list[str], str]:
+    """The scores that the page shows, and the tag that holds it."""
+    client = connect(f"sqlite:///{root}/.mlflow/mlflow.db")
+    tag = client.get_experiment_by_name("rediffuse").tags[TAG]
+    state = json.loads(json.loads(tag)["state"])
+    return [chart["metricKey"] for chart in state["compareRunCharts"] if chart["type"] == "BAR"], tag
+
+
+def test_page_shows_the_instruments_of_the_rows(repository: Path) -> None:
+    (made,) = sync()
+    assert charts(repository)[0] == []
+    edit(repository, 'json.dumps({"fd": loss', 'json.dumps({"mnist-cnn-v1": {"fd": 1.5, "recall": 0.5}, "fd": loss')
+    run(repository, "dvc", "repro")  # the last stage writes the page
+    assert charts(repository)[0] == ["ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall"]
+    client = connect(f"sqlite:///{repository}/.mlflow/mlflow.db")
+    for number in range(6):
+        client.log_metric(made.run_id, f"vae/folder-cnn-v{number}/fid", 2.0)
+    sync()
+    shown, tag = charts(repository)
+    assert shown == ["ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall", *(f"vae/folder-cnn-v{number}/fid" for number in range(MOST - 1))]
+    check_unchanged(repository)
+    saved = json.dumps(json.loads(tag) | {"updatedAt": 1})  # as MLflow's pages save it
+    experiment = client.get_experiment_by_name("rediffuse").experiment_id
+    client.set_experiment_tag(experiment, TAG, saved)
+    client.log_metric(rows(repository)[made.name].info.run_id, "ddpm/other-v1/fd", 2.0)
+    sync()
+    assert charts(repository)[1] == saved
+
+
+def test_page_fits_into_a_tag() -> None:
+    names = [f"{model}/{'i' * 60}-v{i}/{score}" for i in range(20) for model in ("vae", "ddpm") for score in ("fd", "precision", "recall")]
+    assert len(view_of([names])) < 20_000
 
 
 def test_outside_a_repository_the_remedy_is_named(tmp_path: Path) -> None:

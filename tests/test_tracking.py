@@ -1,15 +1,16 @@
 """The row in MLflow: one per experiment, complete, never doubled, and never in the way of a stage."""
 
 import contextlib
+import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +18,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from servers import tracking_server
 
+from rediffuse.commands.ui import ui
 from rediffuse.params import Params, flatten, load_params
+from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.identity import identify
 from rediffuse.tracking.results import image_name, legal, read_curve_points, read_metrics
 from rediffuse.tracking.row import Run, stage_run
 from rediffuse.tracking.store import connect, experiment_id, repository_root, tracking_uri
-from rediffuse.tracking.writer import RowWriter
-from rediffuse.training.curves import write_curves
+from rediffuse.training.curves import write_curve
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
@@ -93,6 +95,18 @@ def start_python(root: Path, code: str, **environment: str) -> subprocess.Popen[
     return subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
+def log_numbers(run: Run, values: dict[str, float]) -> None:
+    """Numbers as a stage logs them: from files of metrics."""
+    files: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        stem, _, key = name.partition("/")
+        files.setdefault(stem, {})[key] = value
+    with tempfile.TemporaryDirectory() as folder:
+        for stem, numbers in files.items():
+            Path(folder, f"{stem}.json").write_text(json.dumps(numbers))
+        run.log_results(Path(folder))
+
+
 def stop_stage(stage: str, params: Params, error: BaseException, log: Callable[[Run], object]) -> None:
     """A stage that logs and then ends with the error."""
     with stage_run(stage, params) as run:
@@ -107,7 +121,7 @@ def test_stages_of_one_experiment_share_one_row(repository: Path, params: Params
     monkeypatch.setenv("DVC_EXP_NAME", "it's-ours")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", git(repository, "rev-parse", "HEAD"))
     with stage_run("train_ddpm", params) as run:
-        run.log_metrics({"train_ddpm/loss": 0.5})
+        log_numbers(run, {"train_ddpm/loss": 0.5})
         assert only_row(repository).info.status == "RUNNING"
         assert only_row(repository).data.tags["stage.train_ddpm.status"] == "running"
     with stage_run("sample_ddpm", params):
@@ -232,7 +246,7 @@ def test_relative_tracking_uri_is_refused_aloud(
 
 def test_nothing_is_left_in_the_working_directory(repository: Path, params: Params) -> None:
     with stage_run("prepare", params) as run:
-        run.log_file(Path("params.yaml"), "more")
+        run.log_results()
     assert git(repository, "status", "--porcelain") == ""
     assert {path.name for path in repository.iterdir()} == {".dvc", ".git", ".gitignore", ".mlflow", "params.yaml"}
     logged = client(repository).list_artifacts(only_row(repository).info.run_id, "recipe")
@@ -253,7 +267,7 @@ def test_replayed_points_are_not_doubled(repository: Path, params: Params) -> No
     with stage_run("train_ddpm", params) as run:
         for seen, loss in points[20:]:  # from the last checkpoint on
             run.log_curve(seen, {"ddpm/loss": loss})
-        write_curves(curves, [{"images": seen, "loss": loss} for seen, loss in points])
+        write_curve(curves, [{"images": seen, "loss": loss} for seen, loss in points])
         run.log_results(curves)
     assert sorted(history(repository, "ddpm/loss")) == points
     assert only_row(repository).data.metrics["ddpm/loss"] == points[-1][1]
@@ -269,9 +283,9 @@ def test_more_points_than_a_batch_are_all_logged_in_time_order(repository: Path,
 
 def test_stage_that_failed_goes_on_in_its_row_keeps_equal_numbers_and_replaces_others(repository: Path, params: Params) -> None:
     with pytest.raises(RuntimeError):
-        stop_stage("evaluate_ddpm", params, RuntimeError(), lambda run: run.log_metrics({"ddpm/fd": 9.0, "ddpm/is": 2.0}))
+        stop_stage("evaluate_ddpm", params, RuntimeError(), lambda run: log_numbers(run, {"ddpm/fd": 9.0, "ddpm/is": 2.0}))
     with stage_run("evaluate_ddpm", params) as run:
-        run.log_metrics({"ddpm/fd": 3.0, "ddpm/is": 2.0})
+        log_numbers(run, {"ddpm/fd": 3.0, "ddpm/is": 2.0})
     assert only_row(repository).data.metrics["ddpm/fd"] == 3.0
     assert history(repository, "ddpm/is") == [(0, 2.0)]
 
@@ -281,7 +295,7 @@ def test_stage_that_failed_goes_on_in_its_row_keeps_equal_numbers_and_replaces_o
 
 def attempt(stage: str, params: Params, value: float) -> None:
     with stage_run(stage, params) as run:
-        run.log_metrics({f"{stage}/value": value})
+        log_numbers(run, {f"{stage}/value": value})
 
 
 def test_running_everything_again_is_a_new_attempt_below_which_the_old_one_is_folded(repository: Path, params: Params) -> None:
@@ -323,15 +337,15 @@ def test_another_checkout_that_writes_to_the_same_store_has_a_row_of_its_own(
     git(repository.parent, "clone", "-q", str(repository), str(clone))
     (clone / ".dvc").mkdir(exist_ok=True)
     with stage_run("train_vae", params) as run:
-        run.log_metrics({"a": 1.0})
+        log_numbers(run, {"a/x": 1.0})
         with contextlib.chdir(clone):  # while the first is running
             attempt("train_vae", params, 2.0)
             attempt("evaluate_vae", params, 2.0)
-        run.log_metrics({"a": 2.0})
+        log_numbers(run, {"a/x": 2.0})
     attempt("evaluate_vae", params, 1.0)
     ours, theirs = sorted(rows(repository), key=lambda row: row.info.start_time)
     assert ours.data.tags["rediffuse.key"] == theirs.data.tags["rediffuse.key"]
-    assert numbers(ours) == {"a": 2.0, "evaluate_vae/value": 1.0}
+    assert numbers(ours) == {"a/x": 2.0, "evaluate_vae/value": 1.0}
     assert numbers(theirs) == {"train_vae/value": 2.0, "evaluate_vae/value": 2.0}
     assert {row.data.tags["rediffuse.superseded"] for row in (ours, theirs)} == {"false"}
 
@@ -352,7 +366,7 @@ def test_metrics_file_gives_numbers_by_nested_name(tmp_path: Path) -> None:
 
 def test_curves_read_back_as_they_were_logged(tmp_path: Path) -> None:
     path = tmp_path / "metrics" / "plots" / "train_vae" / "curves.csv"
-    write_curves(path, [{"images": 64, "loss": 0.1}, {"images": 128, "loss": 1 / 3, "validation": 2e-17}])
+    write_curve(path, [{"images": 64, "loss": 0.1}, {"images": 128, "loss": 1 / 3, "validation": 2e-17}])
     assert list(read_curve_points(path)) == [(64, {"vae/loss": 0.1}), (128, {"vae/loss": 1 / 3, "vae/validation": 2e-17})]
 
 
@@ -378,6 +392,8 @@ def test_full_record_is_kept_as_a_file_and_gives_no_numbers(repository: Path, pa
         ("metrics/plots/reference/real.png", ("reference/real", 0)),
         ("metrics/plots/sample_vae/walk/3000.png", ("vae/walk", 3000)),
         ("metrics/plots/train_ddpm/7.png", ("ddpm/7", 0)),
+        ("metrics/report/vae/latent.png", ("vae/latent", 0)),
+        ("metrics/report/ddpm/steps/40.png", ("ddpm/steps", 40)),
     ],
 )
 def test_pictures_are_named_after_model_and_file(path: str, name: tuple[str, int]) -> None:
@@ -385,7 +401,7 @@ def test_pictures_are_named_after_model_and_file(path: str, name: tuple[str, int
 
 
 def test_picture_elsewhere_has_no_name() -> None:
-    with pytest.raises(ValueError, match="below plots/"):
+    with pytest.raises(ValueError, match="below metrics/plots"):
         image_name(Path("plots/samples.png"))
 
 
@@ -395,22 +411,22 @@ def test_names_and_values_are_made_to_fit_mlflow(repository: Path, params: Param
     monkeypatch.setattr("rediffuse.tracking.row.flatten", lambda _: odd)
     for _ in range(2):
         with pytest.raises(ValueError, match="é"):
-            stop_stage("sample_ddpm", params, ValueError("é" * 9000), lambda run: run.log_metrics({"a@b%c": 1.0, "n" * 300: 2.0}))
+            stop_stage("sample_ddpm", params, ValueError("é" * 9000), lambda run: log_numbers(run, {"x/a@b%c": 1.0, "x/" + "n" * 300: 2.0}))
     row = only_row(repository)
     assert row.data.params == {"data.set": "x" * 5997 + "...", "data.f_lter": "[1, 2]"}
-    assert numbers(row) == {"a_b_c": 1.0, "n" * 250: 2.0}
+    assert numbers(row) == {"x/a_b_c": 1.0, "x/" + "n" * 248: 2.0}
     assert row.data.tags["stage.sample_ddpm.error"] == "ValueError: " + "é" * (8000 - 15) + "..."
 
 
 def test_pictures_stand_in_the_image_grid_once(repository: Path, params: Params) -> None:
-    folder = Path("metrics/plots/sample_ddpm")
-    folder.mkdir(parents=True)
+    folder = Path("metrics/report/ddpm")
+    (folder / "steps").mkdir(parents=True)
     picture = np.random.default_rng(0).integers(0, 256, (30, 600), dtype=np.uint8)
     for shade, end in ((picture, pytest.raises(RuntimeError)), (255 - picture, contextlib.nullcontext())):
         Image.fromarray(shade).save(folder / "samples.png")
+        Image.fromarray(shade).save(folder / "steps" / "40.png")
         with end, stage_run("sample_ddpm", params) as run:
             run.log_results(folder)
-            run.log_image("ddpm/steps", 40, folder / "samples.png")
             if shade is picture:
                 raise RuntimeError
     names = images(repository)
@@ -471,14 +487,15 @@ def deaf_server() -> Iterator[str]:
 
 
 def run_everything(params: Params) -> bool:
-    """A stage that calls each method; whether its body came to the end."""
-    Image.new("L", (4, 4)).save(".dvc/x.png")
+    """A stage that logs everything; whether its body came to the end."""
+    picture, metrics = Path("metrics/report/ddpm/x.png"), Path("metrics/ddpm.json")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4)).save(picture)
+    metrics.write_text('{"fd": 1.0}')
     with stage_run("evaluate_ddpm", params, complete=True) as run:
         for step in range(3):
             run.log_curve(step, {"ddpm/loss": 1.0})
-        run.log_metrics({"ddpm/fd": 1.0})
-        run.log_image("ddpm/x", 0, Path(".dvc/x.png"))
-        run.log_file(Path("params.yaml"), "more")
+        run.log_results(metrics, picture)
         return True
     return False
 
@@ -516,15 +533,15 @@ def test_stage_goes_on_without_a_store(
 
 def test_store_that_breaks_down_while_a_stage_runs(repository: Path, params: Params, capsys: pytest.CaptureFixture[str]) -> None:
     with stage_run("train_ddpm", params) as run:
-        run.log_metrics({"a": 1.0})
+        log_numbers(run, {"a/x": 1.0})
         with sqlite3.connect(".mlflow/mlflow.db") as database:
             for table in ("metrics", "tags"):
                 database.execute(f"CREATE TRIGGER full_{table} BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'disk full'); END")
-        run.log_metrics({"b": 2.0})
-        run.log_metrics({"c": 3.0})
+        log_numbers(run, {"b/x": 2.0})
+        log_numbers(run, {"c/x": 3.0})
     said = capsys.readouterr().err
     assert said.count("tracking is off") == 1 and "disk full" in said
-    assert numbers(only_row(repository)) == {"a": 1.0}
+    assert numbers(only_row(repository)) == {"a/x": 1.0}
 
 
 @pytest.mark.parametrize("switch", [{"REDIFFUSE_TRACKING": "off"}, {"RANK": "1"}])
@@ -533,8 +550,7 @@ def test_switched_off_or_in_a_second_process_of_training_nothing_is_imported_or_
     code = (
         "import sys; from pathlib import Path\nfrom rediffuse.params import load_params; from rediffuse.tracking.row import stage_run\n"
         "with stage_run('train_ddpm', load_params(), complete=True) as run:\n"
-        "    run.log_curve(1, {'a': 1.0}); run.log_metrics({'a': 1.0}); run.log_image('a', 0, Path('x')); run.log_file(Path('x'), 'y')\n"
-        "    run.log_results(Path('x'))\n"
+        "    run.log_curve(1, {'a': 1.0}); run.log_results(Path('x'))\n"
         "print(sorted({'mlflow', 'dvc', 'torch'} & set(sys.modules)))\n"
     )
     process = start_python(repository, code, **switch)
@@ -542,19 +558,36 @@ def test_switched_off_or_in_a_second_process_of_training_nothing_is_imported_or_
     assert not Path(".mlflow").exists()
 
 
-def test_random_numbers_are_those_without_tracking(
-    repository: Path, params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def states() -> tuple[object, ...]:
-        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+def shown(port: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `rediffuse ui` prints."""
+    ui(port)
+    return capsys.readouterr().out.strip()
 
-    before = states()
-    assert run_everything(params)
-    assert states() == before
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert run_everything(params)  # urllib3 draws the pause before it tries again
-    assert states() == before
-    monkeypatch.setattr(RowWriter, "flush", lambda self: random.random())
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert run_everything(params)
-    assert states() == before
+
+def test_pages_of_a_local_store_come_from_a_server_that_is_started(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client(repository).create_experiment("another")
+    started = list[list[str]]()
+    monkeypatch.setattr("os.execv", lambda path, command: started.append(command))
+    page = "experiments/2/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=compare"
+    assert shown(5001, capsys) == f"Charts and pictures: http://127.0.0.1:5001/#/{page}"
+    (command,) = started
+    assert command[1:4] == ["-m", "mlflow", "server"]
+    options = dict(itertools.pairwise(command))
+    assert options["--backend-store-uri"] == f"sqlite:///{repository}/.mlflow/mlflow.db"
+    assert (options["--host"], options["--port"], options["--workers"]) == ("127.0.0.1", "5001", "1")
+    assert options["--default-artifact-root"] == str(repository / ".mlflow" / "artifacts") and "--no-serve-artifacts" in command
+    assert os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_pages_of_a_server_are_its_own(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("nothing is started"))
+    with tracking_server(f"sqlite:///{repository}/.mlflow/mlflow.db", tmp_path) as server:
+        connect(server.uri).create_experiment("another")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{server.uri}/")
+        assert shown(5001, capsys).startswith(f"Charts and pictures: {server.uri}/#/experiments/2/runs?")
+    with pytest.raises(UserError, match="cannot be shown"):
+        ui(5001)

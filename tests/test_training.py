@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,27 +25,31 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-import stages
 from rediffuse.images.image_set import ImageSet, save_images
-from rediffuse.params import Training, load_params
+from rediffuse.params import Training
 from rediffuse.runtime import device as hardware
 from rediffuse.runtime.device import autocast, computes_bfloat16, seed_for
 from rediffuse.runtime.errors import UserError
-from rediffuse.runtime.weights import load_model, save_model
+from rediffuse.runtime.kinds import Kind
+from rediffuse.runtime.weights import Rebuildable, load_model, save_model
 from rediffuse.training import loop
 from rediffuse.training.checkpoint import Checkpoint, fingerprint, resumable
-from rediffuse.training.loop import Curves, Trainer
+from rediffuse.training.curves import Curves
+from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-class Net(nn.Module):
+class Net(Rebuildable):
     """A linear map with everything a resumed run could forget: dropout, a normalisation with buffers, an unused parameter."""
+
+    kind: ClassVar[Kind] = "ddpm"
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = {}
         self.norm, self.dropout = nn.BatchNorm2d(1), nn.Dropout(0.3)
         self.linear = nn.Linear(4, 3)
         self.fixed = nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -131,14 +136,14 @@ def make_trainer(step: Any = None, *, n: int = 10, seed: int = 1, validate: Any 
     trainer = Trainer(
         Net(),
         step or Step(),
-        numbered(n),
-        None,
+        (numbered(n), None),
+        (numbered(3), None),
         training(**changes),
         name="ddpm",
         seed=seed,
         precision="float32",
         compile="never",
-        validate=validate or (lambda net: {"norm": net.linear.weight.norm().item()}),
+        validate=validate or (lambda net, images, labels: {"norm": net.linear.weight.norm().item()}),
         log=log or (lambda seen, values: None),
     )
     if isinstance(step, Step):
@@ -211,7 +216,7 @@ def test_random_numbers_drawn_by_others_change_nothing(tmp_path):
         np.random.rand(seen)
         random.random()
 
-    def validate(net: Net) -> dict[str, float]:
+    def validate(net: Net, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         torch.manual_seed(int(torch.rand(()).item() * 1000))
         return {"norm": net.linear.weight.norm().item()}
 
@@ -322,10 +327,11 @@ def test_buffers_are_copied_not_averaged(tmp_path):
     assert state["model.norm.num_batches_tracked"] == 15
 
 
-def test_validation_sees_the_average_in_evaluation_mode(tmp_path):
+def test_validation_sees_the_average_in_evaluation_mode_and_the_held_out_images(tmp_path):
     seen = []
 
-    def validate(net: Net) -> dict[str, float]:
+    def validate(net: Net, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        assert torch.equal(images, numbered(3)) and labels is None
         seen.append((net.training, net.linear.weight.clone()))
         return {"x": 0.0}
 
@@ -383,9 +389,25 @@ def test_a_loss_that_is_not_finite_names_what_to_change(tmp_path, value):
         loss = model(images).square().mean() * (value if seen >= 8 else 1)
         return loss, {"loss": torch.stack([loss.detach(), torch.ones(())])}
 
-    with pytest.raises(UserError, match=r"ddpm.*not finite after 16 images") as caught:
-        run(tmp_path, step, log_every=16)
+    with pytest.raises(UserError, match=r"ddpm: the loss is not finite \(.*\) after 16 images") as caught:
+        run(tmp_path, step, log_every=16, checkpoint_every=16)
     assert all(word in str(caught.value) for word in ("ddpm.training.lr (0.01)", "ddpm.training.clip_norm (1.0)", "precision", "float32"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_never_kept(tmp_path, value):
+    """Between two points of the curve, where nobody has looked at the loss yet: a restart would fail again and again."""
+
+    @Noiseless
+    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
+        loss = model(images).square().mean()
+        return loss * (value if seen == 16 else 1), {"loss": torch.stack([loss.detach(), torch.ones(())])}
+
+    with pytest.raises(UserError, match=r"ddpm: weights are not finite after 24 images: lower ddpm\.training\.lr \(0\.01\)"):
+        run(tmp_path, step, log_every=1000, validate_every=1000, checkpoint_every=12)
+    kept = Checkpoint(tmp_path / "run.pt").load()
+    assert kept is not None and kept["done"] == 3  # the last one before
+    assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
 def test_gradients_are_clipped():
@@ -455,49 +477,70 @@ def test_a_checkpoint_cut_off_in_the_middle_of_writing_leaves_the_last_one(tmp_p
 
 
 def leave_a_checkpoint(folder: Path) -> None:
-    """What a killed run with lr = 1 leaves behind."""
-    with contextlib.suppress(Killed), resumable(folder, "vae", {"lr": 1}) as checkpoint:
+    """What a killed run leaves behind."""
+    with contextlib.suppress(Killed), resumable(folder, "vae", "a" * 64) as checkpoint:
         checkpoint.save({"done": 1})
         raise Killed
 
 
 def test_a_checkpoint_is_deleted_when_its_block_succeeds_and_kept_when_not(tmp_path):
     leave_a_checkpoint(tmp_path)
-    with resumable(tmp_path, "vae", {"lr": 1}) as checkpoint:
+    with resumable(tmp_path, "vae", "a" * 64) as checkpoint:
         assert checkpoint.load() == {"done": 1}
         checkpoint.path.with_suffix(".tmp").write_bytes(b"left by a kill")
     assert list(tmp_path.glob("*.pt")) == list(tmp_path.glob("*.tmp")) == []
 
 
-def test_a_checkpoint_of_another_configuration_is_not_found(tmp_path):
+def test_a_checkpoint_of_another_fingerprint_is_not_found(tmp_path):
     leave_a_checkpoint(tmp_path)
-    with resumable(tmp_path, "vae", {"lr": 2}) as checkpoint:
+    with resumable(tmp_path, "vae", "b" * 64) as checkpoint:
         assert checkpoint.load() is None
-    with resumable(tmp_path, "vae", {"lr": 1}) as checkpoint:
+    with resumable(tmp_path, "vae", "a" * 64) as checkpoint:
         assert checkpoint.load() == {"done": 1}  # and the other's end did not delete it
 
 
-def test_two_processes_with_one_configuration_take_turns(tmp_path):
-    with resumable(tmp_path, "vae", {}) as checkpoint, pytest.raises(Timeout):
+def test_two_processes_with_one_fingerprint_take_turns(tmp_path):
+    with resumable(tmp_path, "vae", "a" * 64) as checkpoint, pytest.raises(Timeout):
         FileLock(checkpoint.path.with_suffix(".lock")).acquire(timeout=0.01)
 
 
-@pytest.mark.parametrize("name", ["rediffuse.new", "stages.new", "__main__"])
-def test_a_fingerprint_changes_with_the_code_that_is_loaded(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["rediffuse.training.new", "rediffuse.vae", "stages.new", "__main__"])
+def test_a_fingerprint_changes_with_the_code_that_trains(tmp_path, monkeypatch, name):
     module = types.ModuleType(name)
     module.__file__ = str(tmp_path / "new.py")
     (tmp_path / "new.py").write_text("x = 1")
     monkeypatch.setitem(sys.modules, name, module)
-    before = fingerprint({"a": 1})
-    assert before == fingerprint({"a": 1}) and before != fingerprint({"a": 2})
+    before = fingerprint({"a": 1}, [])
+    assert before == fingerprint({"a": 1}, []) and before != fingerprint({"a": 2}, [])
     (tmp_path / "new.py").write_text("x = 2")
-    assert fingerprint({"a": 1}) != before
+    assert fingerprint({"a": 1}, []) != before
+
+
+@pytest.mark.parametrize("name", ["rediffuse.tracking.new", "rediffuse.vaeish", "os.new"])
+def test_a_fingerprint_stays_whatever_else_is_loaded(tmp_path, monkeypatch, name):
+    """DVC and MLflow load what they like; a training must find its checkpoint again."""
+    before = fingerprint({}, [])
+    module = types.ModuleType(name)
+    module.__file__ = str(tmp_path / "new.py")
+    (tmp_path / "new.py").write_text("x = 1")
+    monkeypatch.setitem(sys.modules, name, module)
+    assert fingerprint({}, []) == before
 
 
 def test_a_fingerprint_is_the_same_for_any_number_of_threads(monkeypatch):
-    before = fingerprint({})
+    before = fingerprint({}, [])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert fingerprint({}) == before
+    assert fingerprint({}, []) == before
+
+
+def test_a_fingerprint_knows_numbers_shape_and_type_of_tensors_and_not_how_they_lie_in_memory(monkeypatch):
+    numbers = torch.arange(24, dtype=torch.float32).view(1, 2, 3, 4)
+    found = fingerprint({}, [numbers])
+    assert fingerprint({}, [numbers.clone(memory_format=torch.channels_last)]) == found
+    others = [numbers + 1e-6, numbers.view(1, 2, 4, 3), numbers.view(torch.int32), numbers.flip(0, 3), numbers.bool()]
+    assert len({found, fingerprint({}, []), fingerprint({}, [numbers, numbers]), *(fingerprint({}, [other]) for other in others)}) == 8
+    monkeypatch.setattr("rediffuse.training.checkpoint.BLOCK", 5)  # however many are hashed at a time
+    assert fingerprint({}, [numbers]) == found
 
 
 def test_a_checkpoint_continued_with_other_threads_says_so_in_one_line(tmp_path, monkeypatch, capsys):
@@ -510,46 +553,107 @@ def test_a_checkpoint_continued_with_other_threads_says_so_in_one_line(tmp_path,
     assert "ddpm: the checkpoint was written by 1 process with 3 threads and is continued by 1 process with 4 threads" in said[0]
 
 
-def changed(params: Any, name: str, value: Any) -> Any:
-    """The parameters with one leaf changed, unchecked."""
-    head, _, rest = name.partition(".")
-    return params.model_copy(update={head: changed(getattr(params, head), rest, value) if rest else value})
+@dataclass(frozen=True)
+class Weighted:
+    """A step with a setting."""
+
+    weight: float = 1.0
+
+    def draw(self, model: Net, shape: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def __call__(self, model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
+        return self.weight * model(images).square().mean(), {}
 
 
-def test_a_training_depends_on_its_own_parameters_seed_precision_and_data_alone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    params = load_params(ROOT / "params.yaml")
-    (tmp_path / "data/prepared").mkdir(parents=True)
-    manifest = tmp_path / "data/prepared/manifest.json"
-    manifest.write_text('{"sha256": "a"}')
+class OtherStep(Weighted):
+    """Another step with the same setting."""
 
-    def key(params: Any) -> str:
-        return json.dumps(stages.checkpoint_configuration(params, "vae"), sort_keys=True)
 
-    before = key(params)
-    for name, value in {"seed": 77, "precision": "float32", "vae.beta": 0.5, "vae.training.lr": 0.5}.items():
-        assert key(changed(params, name, value)) != before
-    for name, value in {"ddpm.T": 77, "ddpm.training.lr": 0.5, "sample.n": 77, "evaluate.neighbours": 9}.items():
-        assert key(changed(params, name, value)) == before
-    manifest.write_text('{"sha256": "b"}')
-    assert key(params) != before
+def given(**changes: Any) -> dict[str, Any]:
+    """All that a trainer of tiny things takes."""
+    torch.manual_seed(0)
+    return {
+        "model": Net(),
+        "step": Weighted(),
+        "train": (numbered(10), torch.arange(10)),
+        "held_out": (numbered(3), torch.arange(3)),
+        "config": training(),
+        "name": "ddpm",
+        "seed": 1,
+        "precision": "float32",
+        "compile": "never",
+        "validate": lambda net, images, labels: {},
+        "log": lambda seen, values: None,
+    } | changes
+
+
+def test_a_training_is_known_by_all_that_its_trainer_was_given():
+    """A change of any of it must not go on from the checkpoint of another training; the same again must."""
+    reference = Trainer(**given()).fingerprint
+    assert Trainer(**given()).fingerprint == reference
+    images, labels = numbered(10), torch.arange(10)
+    other_weights, other_config = Net(), Net()
+    other_weights.load_state_dict(given()["model"].state_dict())
+    other_config.load_state_dict(given()["model"].state_dict())
+    with torch.no_grad():
+        other_weights.linear.bias[0] += 1e-6
+    other_config.config = {"clip": False}  # shows in no weight
+    brighter = images.clone()
+    brighter[7, 0, 1, 1] += 1
+    changes: dict[str, dict[str, Any]] = {
+        "a weight": {"model": other_weights},
+        "an argument of the model": {"model": other_config},
+        "a setting of the step": {"step": Weighted(2.0)},
+        "another step": {"step": OtherStep()},
+        "a pixel": {"train": (brighter, labels)},
+        "a label": {"train": (images, labels.flip(0))},
+        "no labels": {"train": (images, None)},
+        "fewer images": {"train": (images[:9], labels[:9])},
+        "a held-out pixel": {"held_out": (numbered(3) + 1, torch.arange(3))},
+        "a held-out label": {"held_out": (numbered(3), torch.arange(3) + 1)},
+        "a setting of the training": {"config": training(lr=0.02)},
+        "the name": {"name": "vae"},
+        "the seed": {"seed": 2},
+        "the precision": {"precision": "auto"},
+        "compilation": {"compile": "auto"},
+    }
+    found = {what: Trainer(**given(**change)).fingerprint for what, change in changes.items()}
+    assert [what for what, value in found.items() if value == reference] == []
+    assert len(set(found.values())) == len(found)
 
 
 def test_a_saved_vae_gives_the_same_bits(tmp_path):
     torch.manual_seed(0)
-    config = {"shape": [1, 9, 9], "latent_dim": 2, "channels": [4], "hidden": 8, "likelihood": "gaussian"}
+    config = {"shape": [1, 9, 9], "latent_dim": 2, "latent_channels": 0, "channels": [4], "hidden": 8, "likelihood": "gaussian"}
     vae = VAE(**config).to(memory_format=torch.channels_last).eval()
     vae.log_sigma.data.fill_(-1.0)
-    save_model(vae, config, tmp_path / "model")
+    save_model(vae, tmp_path / "model")
     loaded = load_model(VAE, tmp_path / "model", CPU)
     z = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded.decode(z), vae.decode(z)) and torch.equal(loaded.sigma(), vae.sigma()) and not loaded.training
-    assert json.loads((tmp_path / "model/config.json").read_text()) == config
+    assert json.loads((tmp_path / "model/config.json").read_text()) == {"kind": "vae"} | config | {"class_names": []}
 
 
 def test_a_missing_model_says_how_to_get_it(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing: `dvc repro`"):
         load_model(VAE, tmp_path / "nowhere", CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"kind": "ddpm"}', "must hold a vae, but its config.json says ddpm"),
+        ('{"kind": "gan"}', "must name the kind of the model, vae or ddpm, got gan"),
+        ('{"latent_dim": 2}', "must name the kind of the model, vae or ddpm, got none"),
+        ("[]", "must name the kind of the model, vae or ddpm, got none"),
+        ('{"kind": ', "cannot be read"),
+    ],
+)
+def test_a_model_of_another_kind_or_of_none_is_refused(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=words):
+        load_model(VAE, tmp_path, CPU)
 
 
 # kill -9, through the very stages that DVC runs
@@ -577,7 +681,7 @@ def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def workspace(folder: Path) -> Path:
-    """A checkout in small: params.yaml and data/prepared with blurred rectangles of three classes."""
+    """A checkout in small: params.yaml and data/pixels with blurred rectangles of three classes."""
     params = merged(yaml.safe_load((ROOT / "params.yaml").read_text()), SMALL)
     folder.mkdir()
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -592,7 +696,7 @@ def workspace(folder: Path) -> Path:
             y, x = random.randint(12 - height), random.randint(12 - width)
             image[0, y : y + height, x : x + width] = random.randint(100, 256)
         splits[name] = ImageSet(images, labels.astype(np.int64), classes)
-    save_images(folder / "data/prepared", splits, {"classes": classes, "sha256": "of a test"})
+    save_images(folder / "data/pixels", splits, {"classes": classes, "sha256": "of a test"})
     return folder
 
 
@@ -627,7 +731,6 @@ def test_a_stage_killed_with_sigkill_ends_with_the_bytes_of_an_undisturbed_one(t
     assert finish(start(stage, undisturbed)) == 0
     expected = outputs(undisturbed)
     assert {f"data/models/{model}/model.safetensors", f"metrics/{stage}.json", f"metrics/plots/{stage}/training.csv"} <= expected.keys()
-    assert any(name.endswith(".png") for name in expected)
 
     checkpoints = killed / ".dvc/tmp/checkpoints"
     process = start(stage, killed)

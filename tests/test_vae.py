@@ -25,7 +25,7 @@ from rediffuse.vae.objective import (
     training_loss,
 )
 from rediffuse.vae.prior import fit_mixture, mixture, posterior_means, standard_normal
-from rediffuse.vae.step import VAEStep, final_measures, measure, vae_config
+from rediffuse.vae.step import VAEStep, final_measures, measure
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").vae
 
@@ -41,7 +41,7 @@ def pixels(n, shape, seed=1):
 def make_vae(shape=(1, 8, 8), *, latent_dim=3, channels=(4,), hidden=16, likelihood="bernoulli", seed=0, scale=1.0) -> VAE:
     """A small VAE; scale > 1 enlarges its weights, so that latents matter without training."""
     torch.manual_seed(seed)
-    vae = VAE(shape, latent_dim=latent_dim, channels=list(channels), hidden=hidden, likelihood=likelihood)
+    vae = VAE(shape, latent_dim=latent_dim, latent_channels=0, channels=list(channels), hidden=hidden, likelihood=likelihood)
     for name, parameter in vae.named_parameters():
         if name != "log_sigma":
             parameter.data *= scale
@@ -205,7 +205,7 @@ def test_free_bits_cost_nothing_and_are_counted_per_dimension_on_the_batch_mean(
 
 def step_of(settings: dict, seen: int) -> tuple[float, dict[str, float]]:
     vae = make_vae()
-    step = VAEStep(SETTINGS.model_copy(update=settings))
+    step = VAEStep(**SETTINGS.model_copy(update=settings).select(VAEStep))
     images = patterns(16)
     loss, measures = step(vae, images, None, step.draw(vae, images.shape, seeded()), seen)
     return loss.item(), {name: (total / count).item() for name, (total, count) in measures.items()}
@@ -311,8 +311,9 @@ def test_an_overshooting_encoder_keeps_the_bound_finite():
 
 
 def test_config_rebuilds_the_model():
-    config = vae_config(SETTINGS, (1, 28, 28))
+    config = make_vae((1, 28, 28), latent_dim=SETTINGS.latent_dim, likelihood=SETTINGS.likelihood).config
     vae = VAE(**config)
+    assert vae.config == config
     assert vae.latent_dim == SETTINGS.latent_dim and vae.likelihood == SETTINGS.likelihood
     assert vae.encode(pixels(1, (1, 28, 28)))[0].shape == (1, SETTINGS.latent_dim)
 

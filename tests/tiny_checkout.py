@@ -10,13 +10,11 @@ import numpy as np
 import torch
 import yaml
 
-from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.step import denoiser_config
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Params, load_params
 from rediffuse.runtime.weights import save_model
-from rediffuse.vae.model import VAE
-from rediffuse.vae.step import vae_config
+from stages.train_ddpm import make_denoiser
+from stages.train_vae import make_vae
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLASSES = ("T-shirt/top", "Ankle boot", "Bag")
@@ -56,21 +54,19 @@ def make_checkout(root: Path, **changes: Any) -> Params:
     params = write_params(root, {name.replace("__", "."): value for name, value in changes.items()})
     rng = np.random.RandomState(0)
     images = {split: ImageSet(rng.randint(0, 256, (90, *SHAPE)).astype(np.uint8)) for split in ("train", "test")}
-    save_images(root / "data/prepared", images, {"classes": CLASSES})
+    save_images(root / "data/pixels", images, {"classes": CLASSES})
     save_vae(root, params, seed=1)
     torch.manual_seed(2)
-    config = denoiser_config(params.ddpm, SHAPE, CLASSES)
-    denoiser = Denoiser(**config)
+    denoiser = make_denoiser(params.ddpm, SHAPE, CLASSES)
     for parameter in denoiser.parameters():  # a network that has learnt nothing yet gives zeros, whatever the label
         torch.nn.init.normal_(parameter, std=0.2)
-    save_model(denoiser, config, root / "data/models/ddpm")
+    save_model(denoiser, root / "data/models/ddpm")
     return params
 
 
 def save_vae(root: Path, params: Params, *, seed: int) -> None:
     torch.manual_seed(seed)
-    config = vae_config(params.vae, SHAPE, CLASSES)
-    vae = VAE(**config)
+    vae = make_vae(params.vae, SHAPE, CLASSES)
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    save_model(vae, config, root / "data/models/vae")
+    save_model(vae, root / "data/models/vae")

@@ -20,8 +20,8 @@ from rediffuse.tracking.store import connect, experiment_id
 PREPARE = """
 from pathlib import Path
 numbers = Path("data/raw/numbers.txt").read_text() + Path("data/extra.csv").read_text()
-Path("data/prepared").mkdir()
-Path("data/prepared/numbers.txt").write_text(numbers)
+Path("data/pixels").mkdir()
+Path("data/pixels/numbers.txt").write_text(numbers)
 """
 TRAIN = """
 import os
@@ -29,7 +29,7 @@ from pathlib import Path
 from stages.model import SLOPE
 settings = dict(line.split(": ") for line in Path("params.yaml").read_text().splitlines() if not line.endswith(":"))
 scale, chance = float(settings["  scale"]), settings["  chance"] == "true"
-total = sum(map(float, Path("data/prepared/numbers.txt").read_text().split()))
+total = sum(map(float, Path("data/pixels/numbers.txt").read_text().split()))
 if settings["  broken"] == "true":
     raise SystemExit("the toy is broken")
 if settings["  slow"] == "true":
@@ -57,11 +57,11 @@ PIPELINE: dict[str, Any] = {
             "cmd": "python -m stages.prepare",
             "deps": ["stages/prepare.py", "data/extra.csv"],
             "params": ["seed"],
-            "outs": ["data/prepared"],
+            "outs": ["data/pixels"],
         },
         "train": {
             "cmd": "python -m stages.train",
-            "deps": ["data/prepared", "stages/train.py", "stages/model.py"],
+            "deps": ["data/pixels", "stages/train.py", "stages/model.py"],
             "params": ["train"],
             "outs": ["data/model.txt"],
         },

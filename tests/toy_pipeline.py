@@ -18,13 +18,13 @@ STAGE = """
 import json, pathlib, sys
 import yaml
 from PIL import Image
-from rediffuse.training.curves import write_curves
+from rediffuse.training.curves import write_curve
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 stage, params = sys.argv[1], load_params()
 with stage_run(stage, params, complete=stage == "evaluate_ddpm") as run:
     if stage == "prepare":
-        folder = pathlib.Path("data/prepared")
+        folder = pathlib.Path("data/pixels")
         folder.mkdir(parents=True)
         (folder / "images.npy").write_bytes(bytes([params.seed]))
         (folder / "manifest.json").write_text(json.dumps({"set": "toy", "classes": []}))
@@ -32,11 +32,11 @@ with stage_run(stage, params, complete=stage == "evaluate_ddpm") as run:
         import torch  # so that the environment is recorded
         if pathlib.Path("stop").exists():
             import os, signal
-            run.log_metrics({"train_ddpm/loss": 1.0})  # waits until the row is open
+            run.log_results()  # waits until the row is open
             os.kill(os.getpid(), signal.SIGKILL)
         plots = pathlib.Path("metrics/plots/train_ddpm")
         (plots / "images").mkdir(parents=True)
-        write_curves(plots / "training.csv", [{"images": seen, "loss": params.ddpm.T / seen} for seen in (10, 20)])
+        write_curve(plots / "training.csv", [{"images": seen, "loss": params.ddpm.T / seen} for seen in (10, 20)])
         Image.new("L", (4, 4), params.ddpm.T % 256).save(plots / "images" / "noising.png")
         pathlib.Path("metrics/train_ddpm.json").write_text(json.dumps({"loss": params.ddpm.T / 20}))
         run.log_results(pathlib.Path("metrics/train_ddpm.json"), plots)
@@ -53,10 +53,10 @@ stages:
     cmd: python stage.py prepare
     deps: [raw.txt, stage.py]
     params: [seed]
-    outs: [data/prepared]
+    outs: [data/pixels]
   train_ddpm:
     cmd: python stage.py train_ddpm
-    deps: [data/prepared, stage.py]
+    deps: [data/pixels, stage.py]
     params: [ddpm]
     metrics: [{metrics/train_ddpm.json: {cache: false}}]
     plots: [{metrics/plots/train_ddpm/training.csv: {cache: false}}, metrics/plots/train_ddpm/images]

@@ -20,7 +20,7 @@ TRAIN = """
 import json, os, time
 from pathlib import Path
 from PIL import Image
-from rediffuse.training.curves import write_curves
+from rediffuse.training.curves import write_curve
 from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 
@@ -30,7 +30,9 @@ with stage_run("train_ddpm", params) as run:
     for images in range(0, 500, 100):
         run.log_curve(images, {"ddpm/loss": T / (1 + images)})
         if images == 200 and (folder := os.environ.get("TOY_PAUSE")):
-            run.log_metrics({"train_ddpm/half": T / 2})  # sent at once
+            Path("metrics").mkdir(exist_ok=True)
+            Path("metrics/train_ddpm.json").write_text(json.dumps({"half": T / 2}))
+            run.log_results(Path("metrics/train_ddpm.json"))  # sent at once
             Path(folder, "waiting").touch()
             while not Path(folder, "go").exists():
                 time.sleep(0.01)
@@ -38,7 +40,7 @@ with stage_run("train_ddpm", params) as run:
     (plots / "images").mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "images.bin").write_bytes(T.to_bytes(4, "big") * 1000)
-    write_curves(plots / "training.csv", [{"images": seen, "loss": T / (1 + seen)} for seen in range(0, 500, 100)])
+    write_curve(plots / "training.csv", [{"images": seen, "loss": T / (1 + seen)} for seen in range(0, 500, 100)])
     Image.new("L", (8, 8), T % 256).save(plots / "images" / "noising.png")
     Path("metrics/train_ddpm.json").write_text(json.dumps({"half": T / 2}))
     run.log_results(Path("metrics/train_ddpm.json"), plots)

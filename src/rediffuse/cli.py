@@ -11,6 +11,7 @@ import click
 
 import rediffuse
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import KINDS
 
 
 class Commands(click.Group):
@@ -237,7 +238,7 @@ def nll(images: tuple[str, ...], seed: int, evaluations: int | None, as_json: bo
 
 @main.command()
 @click.argument("output")
-@click.option("--model", type=click.Choice(["ddpm", "vae"]), default="ddpm", show_default=True, help="Of the checkout.")
+@click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True, help="Of the checkout.")
 @click.option("--format", "form", type=click.Choice(["folder", "onnx", "diffusers"]), default="folder", show_default=True)
 @click.option("--label", metavar="CLASS", help="Of --format diffusers: name or index of the class it draws; without it: no class.")
 def export(output: str, model: str, form: str, label: str | None) -> None:
@@ -261,7 +262,7 @@ def export(output: str, model: str, form: str, label: str | None) -> None:
 
 @main.command()
 @click.argument("name", metavar="ROW_OR_VERSION")
-@click.option("--model", type=click.Choice(["ddpm", "vae"]), default="ddpm", show_default=True)
+@click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True)
 @click.option("--alias", default="champion", show_default=True)
 def promote(name: str, model: str, alias: str) -> None:
     """Move the alias of a registered model to the version of a row, or to a version by its number.
@@ -351,6 +352,22 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     groups = examine()
     click.echo(json.dumps(to_json(groups), indent=2, ensure_ascii=False) if as_json else to_text(groups))
     ctx.exit(1 if failed(groups) else 0)
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True, help="Of the server that is started on 127.0.0.1.")
+def ui(port: int) -> None:
+    """Show the rows in MLflow, and print the address of the page that compares them.
+
+    Where MLFLOW_TRACKING_URI names a server (http://...), that is the address, and nothing is started.
+
+    \b
+    Example:
+      rediffuse ui --port 5001
+    """
+    from rediffuse.commands.ui import ui as show
+
+    show(port)
 
 
 def _complete_rows() -> None:

@@ -5,9 +5,8 @@ Units: durations and half-lives are counted in images, likelihoods in nats, lear
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -29,8 +28,15 @@ def _number(value: Any) -> Any:
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
+SIDES = 16, 128  # least and greatest side of an image, in pixels, that models and instruments are made for
+
+
 class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def select(self, fields_of: type) -> dict[str, Any]:
+        """The parameters for which a dataclass or TypedDict has fields, by name: what a model or a training step takes of its group."""
+        return self.model_dump(include=set(fields_of.__annotations__))
 
 
 class Data(Group):
@@ -39,7 +45,7 @@ class Data(Group):
     set: Literal["fashion-mnist", "mnist", "cifar10", "folder"]
     validation: Annotated[int, Field(ge=1, le=30_000)]
     path: str
-    size: Annotated[int, Field(ge=0, le=128)]
+    size: Annotated[int, Field(ge=0, le=SIDES[1])]
     channels: Literal["auto", 1, 3]
     validation_share: Annotated[Float, Field(gt=0, lt=1)]
     test_share: Annotated[Float, Field(gt=0, lt=1)]
@@ -47,8 +53,8 @@ class Data(Group):
 
     @model_validator(mode="after")
     def _possible(self) -> Data:
-        if 0 < self.size < 16:
-            raise ValueError(f"size ({self.size}) must be 16 to 128 pixels, or 0 for images that are all of one size already")
+        if 0 < self.size < SIDES[0]:
+            raise ValueError(f"size ({self.size}) must be {SIDES[0]} to {SIDES[1]} pixels, or 0: the images are all of one size")
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
                 f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must leave images to learn from: together"
@@ -274,60 +280,19 @@ def flatten(params: BaseModel) -> dict[str, Any]:
 
 
 def _message(error: ErrorDetails, file: str) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    where = f" ({file})"
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(_model_at(error["loc"][:-1]).model_fields)
-        return f"{name} is not a parameter{where}; known here: {known}"
-    if error["type"] == "missing":
-        return f"{name} is missing{where}: {_allowed(error['loc'])}"
+    """One line: the parameter, what pydantic says is allowed, and what was found."""
+    name, text = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        return f"{name}: {text}{where}" if name else f"{text}{where}"
-    finite = "finite: " if error["type"] == "finite_number" else ""
-    return f"{name} must be {finite}{_allowed(error['loc'])}, got {error['input']!r}{where}"
+        return f"{name}: {text} ({file})" if name else f"{text} ({file})"
+    if error["type"] == "missing":
+        return f"{name} is missing ({file})"
+    if error["type"] == "extra_forbidden":
+        return f"{name} is not a parameter ({file}); known here: {', '.join(_group_at(error['loc'][:-1]).model_fields)}"
+    return f"{name}: {text[0].lower()}{text[1:]}, got {error['input']!r} ({file})"
 
 
-def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = Params
-    for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
-    return model
-
-
-def _allowed(loc: tuple[int | str, ...]) -> str:
-    """What the parameter at loc may be, in words, from its own annotation."""
-    groups = [str(part) for part in loc if isinstance(part, str)]
-    field = _model_at(tuple(groups[:-1])).model_fields[groups[-1]]
-    annotation, metadata = field.annotation, list(field.metadata)
-    if any(isinstance(part, int) for part in loc):  # an item of a list
-        annotation, metadata = get_args(annotation)[0], []
-    return _words(annotation, metadata)
-
-
-def _words(annotation: Any, metadata: list[Any]) -> str:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *more = get_args(annotation)
-        return _words(inner, [item for part in more for item in getattr(part, "metadata", [part])] + metadata)
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_words(choice, metadata) for choice in get_args(annotation))
-    bounds = [words for item in metadata for words in _bound(item)]
-    if origin is list:
-        item = _words(get_args(annotation)[0], [])
-        return f"{' '.join(['a list', ' and '.join(bounds)]).strip()}, each {item}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"a group with {', '.join(annotation.model_fields)}"
-    kind = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[annotation]
-    return " ".join([kind, " and ".join(bounds)]).strip()
-
-
-def _bound(item: Any) -> list[str]:
-    names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
-    lengths = {"min_length": "at least {} long", "max_length": "at most {} long"}
-    found = [f"{words} {getattr(item, key)}" for key, words in names.items() if getattr(item, key, None) is not None]
-    return found + [words.format(getattr(item, key)) for key, words in lengths.items() if getattr(item, key, None) is not None]
+def _group_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    group: Any = Params
+    for name in loc:
+        group = group.model_fields[str(name)].annotation
+    return cast(type[BaseModel], group)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rediffuse.commands.clone import Stage
-from rediffuse.commands.revision import Entries, Recipe, Revision, read_lock
-from rediffuse.commands.verdict import hashes
+from rediffuse.commands.revision import Recipe, Revision
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.git import file_at
+from rediffuse.tracking.lock import Entries, hashes, read_lock
 from rediffuse.tracking.results import legal
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def differing_sources(stages: Sequence[Stage], lock: Entries) -> list[str]:
 
 def unrecorded(pipeline: Sequence[Stage], stages: Sequence[Stage], lock: Entries, params: dict[str, Any]) -> list[str]:
     """Those of the stages that the lock lacks, or has only from an earlier run: with other inputs, parameters or command."""
-    made: dict[str, str] = {}
+    made: dict[str, str | None] = {}
     current = set[str]()
     for stage in pipeline:
         entry = lock.get(stage.name)
@@ -108,7 +108,7 @@ def unrecorded(pipeline: Sequence[Stage], stages: Sequence[Stage], lock: Entries
     return [stage.name for stage in stages if stage.name not in current]
 
 
-def _is_of_this_run(stage: Stage, entry: dict[str, Any], made: dict[str, str], params: dict[str, Any]) -> bool:
+def _is_of_this_run(stage: Stage, entry: dict[str, Any], made: dict[str, str | None], params: dict[str, Any]) -> bool:
     deps, outs = (hashes(entry.get(part, ())) for part in ("deps", "outs"))
     values = _leaves(params, groups=True)
     used = entry.get("params", {}).get("params.yaml", {})

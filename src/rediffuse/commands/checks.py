@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rediffuse.params import flatten, load_params
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.identity import CODE, git
+from rediffuse.tracking.git import GitError, experiments, experiments_in, git, remotes, try_git
+from rediffuse.tracking.identity import CODE
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
@@ -56,7 +56,7 @@ def counted(n: int, noun: str) -> str:
 
 def code_is_committed(root: Path) -> list[Finding]:
     """What git tracks and stages read, against the commit."""
-    commit = git(root, "rev-parse", "HEAD")
+    commit = try_git(root, "rev-parse", "HEAD")
     if not commit:
         return [Finding("FAIL", "there is no git commit that a result could name", "git init; git add .; git commit")]
     if changed := _changed(root, *CODE, "params.yaml"):
@@ -70,9 +70,9 @@ def code_is_known_to_git(root: Path, stages: Sequence[Stage]) -> list[Finding]:
     read = {path for path in _needed(root, stages) if path.startswith(FOLDERS)}
     found = {path for path in _lines(root, "ls-files", "--others", "--", *FOLDERS) if path.endswith(".py") or _within(path, read)}
     found = {path for path in found if "__pycache__" not in path}
-    found |= {name for name in RECIPE if (root / name).is_file() and not git(root, "ls-files", "--", name)}
+    found |= {name for name in RECIPE if (root / name).is_file() and not try_git(root, "ls-files", "--", name)}
     if found:
-        force = " -f" if git(root, "check-ignore", "--", *found) else ""
+        force = " -f" if try_git(root, "check-ignore", "--", *found) else ""
         what = f"git does not track {listed(found)}: a clone, `dvc exp run --temp` and `--queue` run without"
         return [Finding("FAIL", what, f"git add{force} {' '.join(sorted(found)[:3])}, or delete what no stage needs")]
     return [ok("git tracks every module and the recipe")]
@@ -96,7 +96,7 @@ def data_are_known(root: Path, stages: Sequence[Stage]) -> list[Finding]:
 
 def _in_git(root: Path, path: str) -> bool:
     """Whether git has the file, or all files of the folder, also of those that it was told to ignore (images in data/own)."""
-    return bool(git(root, "ls-files", "--", path)) and not git(root, "ls-files", "--others", "--", path)
+    return bool(try_git(root, "ls-files", "--", path)) and not try_git(root, "ls-files", "--others", "--", path)
 
 
 # Parameters and stages
@@ -204,18 +204,16 @@ def data_have_a_remote(config: Mapping[str, Any]) -> list[Finding]:
 
 def history_is_pushed(root: Path, patience: float = 4.0) -> list[Finding]:
     """HEAD and DVC's experiments, which rows name, against git's remote.  patience: seconds that it has to answer."""
-    remotes = git(root, "remote").split()
-    if not remotes:
+    if not (known := remotes(root)):
         return [Finding("warn", "git has no remote: the commits that rows name exist on this machine only", "git remote add origin URL")]
-    remote = "origin" if "origin" in remotes else remotes[0]
-    found = list[Finding]()
-    if not git(root, "branch", "-r", "--contains", "HEAD"):
+    remote, found = known[0], list[Finding]()
+    if not try_git(root, "branch", "-r", "--contains", "HEAD"):
         found.append(Finding("warn", "HEAD is on no branch of a remote, as far as git knows", f"git push {remote} HEAD"))
-    here = _experiments(git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"))
+    here = experiments(root)
     there = _remote_experiments(root, remote, patience) if here else {}
     if there is None:
         found.append(Finding("warn", f"git's remote {remote} does not say which experiments it has", "try again when it answers"))
-    elif unpushed := {ref.rpartition("/")[2] for ref, commit in here.items() if there.get(ref) != commit}:
+    elif unpushed := {name for (baseline, name), commit in here.items() if there.get((baseline, name)) != commit}:
         found.append(Finding("warn", f"experiments exist on this machine only: {listed(unpushed)}", f"dvc exp push {remote} NAME"))
     return found or [ok(f"HEAD and {counted(len(here), 'experiment')} are on git's remote {remote}")]
 
@@ -226,7 +224,7 @@ def history_is_pushed(root: Path, patience: float = 4.0) -> list[Finding]:
 def _lines(root: Path, *arguments: str) -> list[str]:
     """The paths that git lists."""
     command, *others = arguments
-    return [path for path in git(root, "--no-optional-locks", command, "-z", *others).split("\0") if path]
+    return [path for path in try_git(root, "--no-optional-locks", command, "-z", *others).split("\0") if path]
 
 
 def _changed(root: Path, *places: str) -> list[str]:
@@ -234,21 +232,13 @@ def _changed(root: Path, *places: str) -> list[str]:
     return _lines(root, "diff", "--name-only", "--relative", "HEAD", "--", *places)
 
 
-def _remote_experiments(root: Path, remote: str, patience: float) -> dict[str, str] | None:
-    """{ref: commit} of the remote, or None if it does not answer; git asks nobody for a password."""
+def _remote_experiments(root: Path, remote: str, patience: float) -> dict[tuple[str, str], str] | None:
+    """{(baseline, name): commit} of the remote, or None if it does not answer; git asks nobody for a password."""
     silent = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", "ssh") + " -o BatchMode=yes"}
-    command = ["git", "ls-remote", remote, "refs/exps/*"]
     try:
-        done = subprocess.run(command, cwd=root, env=os.environ | silent, capture_output=True, text=True, timeout=patience, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return experiments_in(git(root, "ls-remote", remote, "refs/exps/*", timeout=patience, variables=silent))
+    except GitError:
         return None
-    return _experiments(done.stdout)
-
-
-def _experiments(refs: str) -> dict[str, str]:
-    """{ref: commit}; DVC's own refs below refs/exps (exec, stash, celery) have no baseline in their names."""
-    found = re.findall(r"^([0-9a-f]+)\s+(refs/exps/[0-9a-f]{2}/[0-9a-f]{38,}/\S+)$", refs, re.MULTILINE)
-    return {ref: commit for commit, ref in found}
 
 
 def _path(root: Path, entry: Any) -> str:

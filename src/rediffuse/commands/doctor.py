@@ -18,7 +18,6 @@ from typing import Any
 from rediffuse.commands import checks, machine
 from rediffuse.commands.checks import Finding, counted
 from rediffuse.commands.machine import Environment
-from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.store import checkout_root, repository_root, tracking_uri
 
 Check = tuple[str, Callable[[], list[Finding]]]  # what is looked at, for the line of a check that breaks
@@ -26,10 +25,7 @@ Check = tuple[str, Callable[[], list[Finding]]]  # what is looked at, for the li
 
 def doctor() -> dict[str, list[Finding]]:
     """The findings by group.  Raises UserError outside a checkout."""
-    try:
-        root = checkout_root()
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+    root = checkout_root()
     with machine.environment_of_stages(root, os.environ) as environment:
         return of_checkout(root, os.environ) | of_rows(root, environment) | of_machine(root, os.environ, environment)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from rediffuse.commands.records import root_of_checkout
 from rediffuse.inference.card import CARD, COMMIT, USAGE
-from rediffuse.inference.settings import SAMPLING, Kind, kind_of, label_of, read_config, sampling_settings
+from rediffuse.inference.settings import SAMPLING, label_of, sampling_settings
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import Kind, read_config
 from rediffuse.sampling.vae import PRIOR
-from rediffuse.tracking.git import GitError, commit_of, file_at, git
+from rediffuse.tracking.git import commit_of, file_at, try_git
 from rediffuse.tracking.identity import PASSWORD
-from rediffuse.tracking.models import card_of, directory_md5, model_files
+from rediffuse.tracking.lineage import MODELS
+from rediffuse.tracking.lock import directory_md5
+from rediffuse.tracking.models import card_of, model_files
+from rediffuse.tracking.store import checkout_root
 
 
 def export(output: str, *, model: str, form: str, label: str | None = None) -> Path:
@@ -24,11 +27,11 @@ def export(output: str, *, model: str, form: str, label: str | None = None) -> P
     """
     if label is not None and form != "diffusers":
         raise UserError(f"--label is for --format diffusers, whose pipeline asks for no class, got --format {form}: leave it out")
-    checkout = root_of_checkout()
-    target, folder = Path(output).absolute(), checkout / "data" / "models" / model
+    checkout = checkout_root()
+    target, folder = Path(output).absolute(), checkout / MODELS / model
     if target.exists():
         raise UserError(f"OUTPUT {output} is there already: give another name")
-    kind = kind_of(folder)
+    kind = read_config(folder)["kind"]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as incoming:
         ready = Path(incoming, "ready")
@@ -72,9 +75,6 @@ def _origin(checkout: Path, folder: Path) -> dict[str, str]:
     head = commit_of(checkout, "HEAD")
     if head is None or directory_md5(folder) not in (file_at(checkout, head, "dvc.lock") or b"").decode():
         return {}
-    try:
-        url = git(checkout, "config", "--get", "remote.origin.url")
-    except GitError:
-        url = ""
+    url = try_git(checkout, "config", "--get", "remote.origin.url")
     published = "://" in url and not url.startswith("file:")  # a path of this machine is of no use elsewhere
     return {COMMIT: head} | ({"repository": PASSWORD.sub("//", url)} if published else {})

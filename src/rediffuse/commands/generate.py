@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rediffuse.inference.settings import KINDS, SAMPLING, kind_of, pack_settings, packed_settings, sampling_settings
+from rediffuse.inference.settings import SAMPLING, pack_settings, packed_settings, sampling_settings
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import KINDS, read_config
+from rediffuse.tracking.lineage import MODELS, SAMPLES
 from rediffuse.tracking.store import checkout_root
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]
     with tempfile.TemporaryDirectory(prefix="rediffuse-") as temporary:
         prior = None
         if name in KINDS:
-            folder = _checkout() / "data" / "models" / name
-            prior = _checkout() / "data" / "samples" / "vae" / PRIOR
+            folder = checkout_root() / MODELS / name
+            prior = checkout_root() / SAMPLES / "vae" / PRIOR
         elif name.startswith("models:"):
             folder = _download(name, Path(temporary)) / "artifacts"
         elif name.endswith(tuple(f":{kind}" for kind in KINDS)):
@@ -74,13 +76,6 @@ def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]
         yield load_image_model(folder, _overridden(settings, overrides), prior=prior)
 
 
-def _checkout() -> Path:
-    try:
-        return checkout_root()
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse, or give --model an address of MLflow's") from None
-
-
 def _of_revision(name: str, folder: Path) -> Path:
     """The model of a commit or an experiment, from DVC's cache or remote, with the settings of its params.yaml."""
     from dvc.api import DVCFileSystem  # takes a second to import
@@ -89,20 +84,20 @@ def _of_revision(name: str, folder: Path) -> Path:
     from rediffuse.sampling.vae import PRIOR
 
     revision, kind = split_name(name)
-    commit, root = commit_called(revision), _checkout()
+    commit, root = commit_called(revision), checkout_root()
     try:
         files = DVCFileSystem(str(root), rev=commit)
         params = yaml.safe_load(files.read_text("params.yaml"))
         settings = {"precision": params["precision"], **params["sample"][kind]}
-        files.get(f"data/models/{kind}", str(folder / "model"), recursive=True)
+        files.get(f"{MODELS}/{kind}", str(folder / "model"), recursive=True)
         if settings.get("prior") == "mixture":
-            files.get(f"data/samples/vae/{PRIOR}", str(folder / "model" / PRIOR))
+            files.get(f"{SAMPLES}/vae/{PRIOR}", str(folder / "model" / PRIOR))
     except Exception as error:  # DVC raises what its caches and remotes raise
         raise UserError(
             f"--model {name} cannot be had ({' '.join(str(error).split())[:300]}): fetch it with `dvc pull`, or make it again with"
             " `dvc repro` in that revision"
         ) from None
-    (folder / "model" / SAMPLING).write_bytes(pack_settings(kind_of(folder / "model"), settings, ()))
+    (folder / "model" / SAMPLING).write_bytes(pack_settings(read_config(folder / "model")["kind"], settings, ()))
     return folder / "model"
 
 
@@ -116,7 +111,7 @@ def _model_folder(path: Path) -> Path:
 
 
 def _settings_of_checkout(folder: Path) -> dict[str, Any]:
-    return sampling_settings(load_params(_checkout() / "params.yaml"), kind_of(folder))
+    return sampling_settings(load_params(checkout_root() / "params.yaml"), read_config(folder)["kind"])
 
 
 def _overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +164,7 @@ def checked_target(output: str) -> Path:
 def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, *, columns: int = COLUMNS) -> None:
     """Write the images wholly or not at all."""
     from rediffuse.figures.grid import grid
-    from rediffuse.images.files import encode_png, save_npz, save_png
+    from rediffuse.images.files import encode_image, save_npz, save_png
 
     if target.suffix.lower() == ".png":
         save_png(grid(images, min(len(images), columns), scale=2), target)
@@ -182,7 +177,7 @@ def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int
     incoming = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for i, image in enumerate(images):
-            (incoming / f"{i:05d}.png").write_bytes(encode_png(image))
+            (incoming / f"{i:05d}.png").write_bytes(encode_image(image))
         incoming.chmod(0o755)  # mkdtemp's folders are for nobody else
         incoming.replace(target)  # takes the place of an empty folder, and of no other
     finally:

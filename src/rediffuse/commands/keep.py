@@ -11,10 +11,11 @@ import click
 
 from rediffuse.commands.agreement import differing_sources
 from rediffuse.commands.clone import Stage, dvc, read_pipeline, remotes_of, run_dvc
-from rediffuse.commands.revision import Recipe, experiment_ref, find_experiment, other_recipe, read_lock, read_recipe
+from rediffuse.commands.revision import Recipe, find_experiment, other_recipe, read_recipe, ref_of
 from rediffuse.commands.rows import find_row
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.git import GitError, commit_of, file_at, git, object_of, remotes
+from rediffuse.tracking.git import GitError, commit_of, experiment_ref, file_at, git, object_of, remotes
+from rediffuse.tracking.lock import read_lock
 from rediffuse.tracking.store import repository_root
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def keep(name: str, branch: str | None = None, remote: str | None = None) -> str
     root, recipe = repository_root(), read_recipe(client, row)
     commit = _commit_with_results(root, row, recipe)
     branch = _make_branch(root, branch or _default_branch(row), commit)
-    ref = experiment_ref(row.data.tags)
+    ref = ref_of(row.data.tags)
     if ref and commit_of(root, ref) != commit:  # removed, or by now of another attempt
         ref = None
     problems = [*_push_to_git(root, branch, ref, remote), *_push_to_dvc(root, commit)]
@@ -136,7 +137,7 @@ def _save(root: Path, name: str) -> str:
     if run_dvc(root, "exp", "save", "--name", name, *options):
         raise UserError(f"`dvc exp save --name {name}` failed, as it says above: commit the results by hand (`git commit`), then try again")
     head = git(root, "rev-parse", "HEAD")
-    commit = commit_of(root, f"refs/exps/{head[:2]}/{head[2:]}/{name}")
+    commit = commit_of(root, experiment_ref(head, name))
     assert commit
     return commit
 

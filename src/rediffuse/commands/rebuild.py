@@ -14,10 +14,11 @@ import yaml
 
 from rediffuse.commands.agreement import agreed_lock
 from rediffuse.commands.clone import Stage, bring_inputs, cloned, hash_of, read_pipeline, run_dvc
-from rediffuse.commands.revision import Entries, find_revision, read_lock, read_recipe
+from rediffuse.commands.revision import find_revision, read_recipe
 from rediffuse.commands.rows import NotInStoreError, artifacts, download, find_row, read_artifact
-from rediffuse.commands.verdict import compare_metrics, compare_outputs, first_diverging, hashes, judge, table
+from rediffuse.commands.verdict import compare_metrics, compare_outputs, first_diverging, judge, table
 from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.lock import Entries, hashes, lock_of
 from rediffuse.tracking.results import legal, read_metrics
 from rediffuse.tracking.store import repository_root
 
@@ -52,7 +53,7 @@ def rebuild(name: str, stage: str | None = None, *, keep: bool = False) -> str:
         else:
             (clone / "dvc.lock").unlink(missing_ok=True)  # so that it says afterwards what has run here, and nothing else
         _repro(clone, stages, stage, keep=keep)
-        rebuilt = read_lock((clone / "dvc.lock").read_bytes(), "dvc.lock of the clone")
+        rebuilt = lock_of(clone)
         outputs = compare_outputs([each.name for each in stages], lock, rebuilt)
         numbers = _read_numbers(clone, stages)
     metrics = compare_metrics(row.data.metrics, numbers, _records(client, row))
@@ -101,8 +102,7 @@ def _repro(clone: Path, stages: Sequence[Stage], single: str | None, *, keep: bo
     """Run the stages, whether or not DVC holds them for up to date.  Raises UserError if one fails."""
     if not run_dvc(clone, "repro", "--force", *(["--single-item", single] if single else [])):
         return
-    content = (clone / "dvc.lock").read_bytes() if (clone / "dvc.lock").is_file() else b""
-    ended = read_lock(content, "dvc.lock of the clone")
+    ended = lock_of(clone)
     failed = next((stage.name for stage in stages if stage.name not in ended), stages[-1].name)
     look = f"look into {clone}" if keep else "the clone is removed; keep it with --keep to look into it"
     raise UserError(f"stage {failed} failed in the clone: its last lines stand above; {look}")

@@ -11,7 +11,6 @@ A name is looked for in this order, and the first place that knows it counts:
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from typing import Any
 
 from rediffuse.commands.rows import NotInStoreError, artifacts, download, look_up
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.identity import experiments
+from rediffuse.runtime.kinds import KINDS
+from rediffuse.tracking.git import GitError, commit_of, experiment_ref, experiments, file_at, git
 from rediffuse.tracking.store import checkout_root
 
-MODELS = ("vae", "ddpm")
 FOLDER = "metrics/evaluation"
 
 Record = dict[str, Any]
@@ -58,7 +57,7 @@ def find_source(text: str) -> Source:
             tried.append(str(unknown))
             continue
         return Source(text, origin, files, model)
-    hint = f"; after a colon only {' or '.join(MODELS)} is a model" if ":" in name else ""
+    hint = f"; after a colon only {' or '.join(KINDS)} is a model" if ":" in name else ""
     reasons = "".join(f"\n  {reason}" for reason in dict.fromkeys(tried))
     raise UserError(
         f"nothing is called {name!r}; it was looked for in this order:{reasons}\nlook it up with `dvc exp show` or `make ui`{hint}"
@@ -79,7 +78,7 @@ def commit_called(name: str) -> str:
 def split_name(text: str) -> tuple[str, str | None]:
     """("HEAD", "ddpm") of "HEAD:ddpm"; a suffix that is no model belongs to the name."""
     name, colon, model = text.rpartition(":")
-    if not colon or model not in MODELS:
+    if not colon or model not in KINDS:
         name, model = text, ""
     if not name or name.startswith("-"):
         raise UserError(f"{text!r} names no revision, experiment or run; give one, as in HEAD, HEAD:ddpm or workspace:vae")
@@ -100,13 +99,13 @@ def by_model(sources: Sequence[Source]) -> tuple[list[list[tuple[Source, Record]
         raise UserError(f"{' and '.join(named)} are both named, so say which model of {unclear[0]} is meant: {remedy}")
     if named:
         return [[(source, _record_of(source, source.model or named[0])) for source in sources]], []
-    shared = [model for model in MODELS if all(model in source.files for source in sources)]
+    shared = [model for model in KINDS if all(model in source.files for source in sources)]
     if not shared:
         have = "; ".join(f"{source.name} ({source.origin}): {', '.join(source.files)}" for source in sources)
         raise UserError(
             f"no model is in all of them ({have}): run `dvc repro` where one is missing, or name models, as in HEAD:vae HEAD:ddpm"
         )
-    lacking = {model: [source.name for source in sources if model not in source.files] for model in MODELS if model not in shared}
+    lacking = {model: [source.name for source in sources if model not in source.files] for model in KINDS if model not in shared}
     notes = [f"{model} is left out: no record of it in {', '.join(names)}" for model, names in lacking.items() if len(names) < len(sources)]
     return [[(source, _record_of(source, model)) for source in sources] for model in shared], notes
 
@@ -130,45 +129,30 @@ def _record_of(source: Source, model: str) -> Record:
 def _existing(files: dict[str, bytes], title: str, remedy: str) -> dict[str, bytes]:
     """The files.  Raises UserError if there are none."""
     if not files:
-        raise UserError(f"{title} has no {' or '.join(f'{FOLDER}/{model}.json' for model in MODELS)}: {remedy}")
+        raise UserError(f"{title} has no {' or '.join(f'{FOLDER}/{model}.json' for model in KINDS)}: {remedy}")
     return files
 
 
 # The checkout
 
 
-def root_of_checkout() -> Path:
-    """The root of the checkout.  Raises UserError outside one."""
-    try:
-        return checkout_root()
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse") from None
-
-
 def _in_workspace(name: str) -> tuple[str, dict[str, bytes]]:
-    root = root_of_checkout()
+    root = checkout_root()
     if name != "workspace":
         raise _UnknownNameError("workspace: the checkout is meant by the word `workspace`")
-    paths = {model: root / FOLDER / f"{model}.json" for model in MODELS}
-    files = {model: path.read_bytes() for model, path in paths.items() if path.is_file()}
+    paths = {model: root / FOLDER / f"{model}.json" for model in KINDS}
+    files: dict[str, bytes] = {model: path.read_bytes() for model, path in paths.items() if path.is_file()}
     return "files of the checkout", _existing(files, "the workspace", "make them with `dvc repro`")
 
 
 # git
 
 
-def _git(*arguments: str) -> bytes:
-    """What git prints at the root of the checkout.  Raises _UnknownNameError where it fails, as it does outside a git repository."""
-    try:
-        return subprocess.run(["git", *arguments], cwd=root_of_checkout(), capture_output=True, check=True).stdout
-    except subprocess.CalledProcessError as error:
-        raise _UnknownNameError(f"git: {error.stderr.decode(errors='replace').strip() or 'no revision of this name'}") from None
-    except OSError as error:
-        raise _UnknownNameError(f"git: it cannot be run ({error})") from None
-
-
 def _commit_in_git(name: str) -> str:
-    return _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").decode().strip()
+    try:
+        return git(checkout_root(), "rev-parse", "--verify", f"{name}^{{commit}}")
+    except GitError as error:
+        raise _UnknownNameError(f"git: no revision of this name ({error})") from None
 
 
 def _in_git(name: str) -> tuple[str, dict[str, bytes]]:
@@ -186,31 +170,25 @@ def _experiment(name: str) -> tuple[str, str]:
 
     As DVC does, an experiment on the commit that is checked out is preferred to one of the same name on another.
     """
-    baselines = _experiments().get(name, {})
+    root = checkout_root()
+    baselines = {baseline: commit for (baseline, known), commit in experiments(root).items() if known == name}
     if not baselines:
         raise _UnknownNameError("DVC: no experiment of this name")
-    try:
-        head = _git("rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
-    except _UnknownNameError:  # before the first commit
-        head = ""
-    if head not in baselines and len(baselines) > 1:
-        listed = "".join(f"\n  refs/exps/{base[:2]}/{base[2:]}/{name}, which is {commit[:7]}" for base, commit in baselines.items())
+    head = commit_of(root, "HEAD")  # None before the first commit
+    if head in baselines:
+        return head, baselines[head]
+    if len(baselines) > 1:
+        listed = "".join(f"\n  {experiment_ref(base, name)}, which is {commit[:7]}" for base, commit in baselines.items())
         raise UserError(f"several experiments are called {name!r}; give the commit of the one that is meant:{listed}")
-    return (head, baselines[head]) if head in baselines else next(iter(baselines.items()))
-
-
-def _experiments() -> dict[str, dict[str, str]]:
-    """{name: {baseline: commit}}."""
-    found = dict[str, dict[str, str]]()
-    for (baseline, name), commit in experiments(root_of_checkout()).items():
-        found.setdefault(name, {})[baseline] = commit
-    return found
+    return next(iter(baselines.items()))
 
 
 def _committed(commit: str, name: str) -> dict[str, bytes]:
     """The records in a commit."""
-    there = _git("ls-tree", "-z", "--name-only", commit, f"{FOLDER}/").decode().split("\0")
-    files = {model: _git("show", f"{commit}:./{FOLDER}/{model}.json") for model in MODELS if f"{FOLDER}/{model}.json" in there}
+    root = checkout_root()
+    files: dict[str, bytes] = {
+        model: content for model in KINDS if (content := file_at(root, commit, f"{FOLDER}/{model}.json")) is not None
+    }
     remedy = "it was made before full records existed, or without running the pipeline; check it out and run `dvc repro` there"
     return _existing(files, f"{name} ({commit[:7]})", remedy)
 
@@ -223,8 +201,8 @@ def _in_mlflow(name: str) -> tuple[str, dict[str, bytes]]:
         client, row = look_up(name)
         there = artifacts(client, row, FOLDER)
         with tempfile.TemporaryDirectory() as folder:
-            paths = {model: f"{FOLDER}/{model}.json" for model in MODELS if f"{FOLDER}/{model}.json" in there}
-            files = {model: download(client, row, path, Path(folder)).read_bytes() for model, path in paths.items()}
+            paths = {model: f"{FOLDER}/{model}.json" for model in KINDS if f"{FOLDER}/{model}.json" in there}
+            files: dict[str, bytes] = {model: download(client, row, path, Path(folder)).read_bytes() for model, path in paths.items()}
     except NotInStoreError as unknown:
         raise _UnknownNameError(f"MLflow: {unknown}") from None
     return f"MLflow run {row.info.run_id}", _existing(files, name, "the run did not get as far as stage evaluate")

@@ -14,19 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from rediffuse.commands.rows import read_artifact
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.git import GitError, commit_of, file_at, git, remotes
+from rediffuse.tracking.git import GitError, commit_of, experiment_ref, file_at, git, remotes
+from rediffuse.tracking.lock import Entries, read_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-
-Entries = dict[str, dict[str, Any]]  # what a dvc.lock says of each stage
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,6 @@ def read_recipe(client: MlflowClient, row: MlflowRun) -> Recipe:
     params, pipeline, lock = (read_artifact(client, row, f"recipe/{name}") for name in ("params.yaml", "dvc.yaml", "dvc.lock"))
     diff = read_artifact(client, row, "recipe/code.diff") if dirty else None
     return Recipe(params, pipeline, read_lock(lock, f"recipe/dvc.lock of row {row.info.run_name}"), diff)
-
-
-def read_lock(content: bytes | None, name: str) -> Entries:
-    """The stages of a dvc.lock.  Raises UserError for one that is damaged; one that is missing has no stages."""
-    try:
-        stages = (yaml.safe_load(content or b"") or {}).get("stages", {})
-        return {stage: dict(entry) for stage, entry in stages.items()}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is damaged ({' '.join(str(error).split())}): take it from a backup, or run the experiment again") from None
 
 
 def find_revision(root: Path, row: MlflowRun, recipe: Recipe, notes: list[str]) -> Revision:
@@ -103,10 +93,10 @@ def find_experiment(root: Path, row: MlflowRun, recipe: Recipe, notes: list[str]
     return None
 
 
-def experiment_ref(tags: Mapping[str, str]) -> str | None:
+def ref_of(tags: Mapping[str, str]) -> str | None:
     """refs/exps/<baseline>/<name>; None for a row that is no experiment."""
     baseline, name = tags.get("dvc.baseline"), tags.get("dvc.exp_name")
-    return tags.get("dvc.exp_ref") or (f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}" if baseline and name else None)
+    return tags.get("dvc.exp_ref") or (experiment_ref(baseline, name) if baseline and name else None)
 
 
 def other_recipe(read: Callable[[str], bytes | None], recipe: Recipe) -> str:
@@ -119,7 +109,7 @@ def other_recipe(read: Callable[[str], bytes | None], recipe: Recipe) -> str:
 
 def _experiment_commits(root: Path, tags: Mapping[str, str], notes: list[str]) -> Iterator[tuple[str, str]]:
     """(commit, where it comes from in words); remotes are asked only if the places before were not good enough."""
-    recorded, ref = tags.get("dvc.exp_rev"), experiment_ref(tags)
+    recorded, ref = tags.get("dvc.exp_rev"), ref_of(tags)
     if recorded and commit_of(root, recorded):
         yield recorded, f"experiment commit {recorded[:7]} (tag dvc.exp_rev)"
     if not ref:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rediffuse.runtime.errors import UserError
-from rediffuse.tracking.identity import PASSWORD
+from rediffuse.tracking.identity import PASSWORD, one_line
 from rediffuse.tracking.store import EXPERIMENT, connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def find_row(name: str) -> tuple[MlflowClient, MlflowRun]:
 
 def look_up(name: str) -> tuple[MlflowClient, MlflowRun]:
     """As `find_row`, but raises NotInStoreError where the store does not know the name or cannot be read."""
-    try:
-        uri = tracking_uri(repository_root())
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+    uri = tracking_uri(repository_root())
     shown = PASSWORD.sub("//", uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise NotInStoreError(f"there is no store yet ({shown})")  # opening it would make one
@@ -80,8 +77,7 @@ def _reading(what: str) -> Iterator[None]:
     except (UserError, NotInStoreError):
         raise
     except Exception as error:
-        reason = PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))
-        raise NotInStoreError(f"{what} cannot be read ({reason[:300]})") from None
+        raise NotInStoreError(f"{what} cannot be read ({one_line(error)})") from None
 
 
 def _row(client: MlflowClient, name: str, shown: str) -> MlflowRun:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rediffuse.commands.compare import WITHIN
-from rediffuse.commands.revision import Entries
+from rediffuse.tracking.lock import Entries, hashes
 
 STATUS = {"exact": 0, "exact-env-differs": 3, "diverged": 4}  # exit status; 1 is that of errors and refusals
 SHORT = 8  # digits of a hash that are shown
@@ -48,11 +48,6 @@ class Metric:
             return f"{text}, no recorded spread to count in"
         units = (self.rebuilt - self.recorded) / self.spread
         return f"{text}, {units:+.2f} units of spread: {'within' if abs(units) < WITHIN else 'beyond'} the recorded spread"
-
-
-def hashes(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """{path: hash} of the deps or outs of a stage in dvc.lock."""
-    return {entry["path"]: str(entry.get(entry.get("hash", "md5"))) for entry in entries}
 
 
 def compare_outputs(stages: Sequence[str], recorded: Entries, rebuilt: Entries) -> list[Output]:

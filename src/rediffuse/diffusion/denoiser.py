@@ -3,51 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Unpack
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rediffuse.diffusion.schedule import Name, Predict, Schedule
-from rediffuse.diffusion.unet import UNet
+from rediffuse.diffusion.unet import Architecture as UNetArchitecture
+from rediffuse.diffusion.unet import UNet, unet_arguments
+from rediffuse.runtime.kinds import Kind
+from rediffuse.runtime.weights import Rebuildable
 
 
-class Denoiser(nn.Module):
+class Architecture(UNetArchitecture):
+    """The arguments of a Denoiser beside the images' shape, classes and range."""
+
+    T: int
+    schedule: Name
+    predict: Predict
+
+
+class Denoiser(Rebuildable):
     """A network that predicts eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
 
     shape: (C, H, W) of the images, which are in [-1, 1]; clip: False for other data, which know no bounds.  class_names: of the labels
     0, 1, ..., none for an unconditional model; the label `classes`, one past the last, means "no label".  The schedule is no buffer: an
-    average of the weights must not touch it.
+    average of the weights must not touch it.  `config` has the arguments that rebuild it.
     """
 
+    kind: ClassVar[Kind] = "ddpm"
+
     def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        T: int,
-        schedule: Name,
-        predict: Predict,
-        class_names: Sequence[str],
-        fold: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: int,
-        dropout: float,
-        clip: bool = True,
+        self, shape: Sequence[int], *, class_names: Sequence[str] = (), clip: bool = True, **architecture: Unpack[Architecture]
     ) -> None:
         super().__init__()
-        self.shape, self.predict, self.clip = shape, predict, clip
+        self.config = {"shape": list(shape), "class_names": list(class_names), "clip": clip, **architecture}
+        self.shape, self.predict, self.clip = (shape[0], shape[1], shape[2]), architecture["predict"], clip
         self.class_names, self.classes = tuple(class_names), len(class_names)
-        self.schedule = Schedule.make(schedule, T)
-        self.unet = UNet(
-            shape,
-            classes=self.classes,
-            fold=fold,
-            width=width,
-            multipliers=multipliers,
-            blocks=blocks,
-            attention=attention,
-            dropout=dropout,
-        )
+        self.schedule = Schedule.make(architecture["schedule"], architecture["T"])
+        self.unet = UNet(shape, classes=self.classes, **unet_arguments(architecture))
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         output: Tensor = self.unet(x_t, t / self.schedule.T, labels)

@@ -1,6 +1,6 @@
 """The training objective: noise an image to a random time, let the network undo it, score the squared error.
 
-Every random number comes from a CPU generator of the caller's, in float32 and in an order that hangs on the shapes alone, so
+Every random number comes from a CPU generator of the caller's, in float32 and in an order that depends only on the shapes, so
 that a CPU and a GPU train on the same noise.  Knows the denoiser only through `Network`; nothing of optimizers or loops.
 """
 
@@ -59,7 +59,9 @@ def draw_noise(
 def noised_loss(
     denoiser: Network, x_0: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], *, weighting: Weighting, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each image under the noise of `draw_noise`, or a slice of it, and the time it was noised to, as `denoising_loss`.
+    """The loss of each image under the noise of `draw_noise` or a slice of it, and the time it was noised to (Ho et al. 2020, algorithm 1).
+
+    Returns losses (B,), weighted, averaged over C, H, W; and t int64 (B,); both on x_0's device.
 
     A dropped label becomes `classes`, independently of the others (Ho & Salimans 2022, arXiv:2207.12598).
     """
@@ -70,26 +72,6 @@ def noised_loss(
     return schedule.loss_weight(predict, weighting, gamma, t).to(losses.dtype) * losses, t
 
 
-def denoising_loss(
-    denoiser: Network,
-    x_0: Tensor,
-    labels: Tensor | None,
-    generator: torch.Generator,
-    *,
-    weighting: Weighting = "simple",
-    gamma: float = 5.0,
-    label_drop: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each image and the time it was noised to (Ho et al. 2020, algorithm 1): both steps in one.
-
-    x_0: (B, C, H, W) in [-1, 1]; labels: int64 (B,), or None without conditioning; generator: on the CPU; gamma: of min-snr;
-    label_drop: share of the labels hidden from the network.
-    Returns losses (B,), weighted, averaged over C, H, W; and t int64 (B,); both on x_0's device.
-    """
-    noise = draw_noise(x_0.shape, denoiser.schedule.T, generator, label_drop=label_drop)
-    return noised_loss(denoiser, x_0, labels, noise, weighting=weighting, gamma=gamma)
-
-
 @torch.no_grad()
 def validation_loss(
     denoiser: Network,
@@ -98,7 +80,7 @@ def validation_loss(
     *,
     seed: int,
     chunk: int = 256,
-    dealt: Callable[[int], Container[int]] = range,
+    my_share: Callable[[int], Container[int]] = range,
     total: Callable[[Tensor], Tensor] = lambda losses: losses,
 ) -> dict[str, float]:
     """Mean squared error of eps, DDPM's L_simple, on a fixed (t, noise) grid: {"eps_mse": all, "eps_mse_q1": ..., "eps_mse_q4": ...}.
@@ -108,7 +90,7 @@ def validation_loss(
     puts out is rated as the eps it implies.  Nothing but memory and rounding depends on `chunk`, the number of images
     evaluated at once.  The caller puts the network into eval mode.
 
-    Processes may share the work: `dealt` says which of so many chunks are this one's, `total` adds up what all have found.
+    Processes may share the work: `my_share` says which of so many chunks are this one's, `total` adds up what all have found.
     x_0: (N, C, H, W) in [-1, 1]; labels: int64 (N,), none dropped, or None.  Quarters that no t falls into are left out.
     """
     schedule, predict = denoiser.schedule, denoiser.predict
@@ -121,7 +103,7 @@ def validation_loss(
         x, y = x_0[rows], None if labels is None else labels[rows]
         # Image by image: what torch.randn draws for an image would otherwise depend on the size of the chunk.
         eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x]).to(x)
-        if i in dealt(len(starts)):
+        if i in my_share(len(starts)):
             losses[rows] = _squared_error(denoiser, x, y, t[rows], eps)
     in_eps = schedule.error_scale("eps", t) / schedule.error_scale(predict, t)
     all_losses = total(losses) * in_eps

@@ -193,8 +193,7 @@ class Schedule:
     def _log_snr_at(self, t: int | Tensor, x: Tensor) -> Tensor:
         """float64 on x's device, (B, 1, ..., 1) to broadcast against x, () for an int."""
         if x.device not in self._log_snr_on:
-            # Apple's GPUs have no float64; there float32 must do.
-            self._log_snr_on[x.device] = self.log_snr.to(torch.float32 if x.device.type == "mps" else torch.float64).to(x.device)
+            self._log_snr_on[x.device] = self.log_snr.to(x.device)
         log_snr = self._log_snr_on[x.device]
         if isinstance(t, int):
             return log_snr[t]

@@ -8,8 +8,8 @@ convolutions run at a resolution where a CPU and a GPU are fast.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ HEAD_DIM = 64  # the least
 M = TypeVar("M", bound=nn.Module)
 
 
+class Architecture(TypedDict):
+    """The arguments of a UNet beside the images' shape and the number of classes."""
+
+    fold: int
+    width: int
+    multipliers: Sequence[int]
+    blocks: int
+    attention: int
+    dropout: float
+
+
+def unet_arguments(config: Mapping[str, Any]) -> Architecture:
+    """Those of a model's arguments that are the network's."""
+    return cast(Architecture, {name: config[name] for name in Architecture.__annotations__})
+
+
 class UNet(nn.Module):
     """(B, C, H, W), t in [0, 1] (B,), labels int64 (B,) or None -> (B, C, H, W).
 
@@ -30,19 +46,10 @@ class UNet(nn.Module):
     there is self-attention, 0 for none.  Any H and W: the image is padded inside, and the padding cropped again.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        classes: int,
-        fold: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, shape: Sequence[int], *, classes: int, **architecture: Unpack[Architecture]) -> None:
         super().__init__()
+        fold, width, multipliers = architecture["fold"], architecture["width"], architecture["multipliers"]
+        blocks, attention, dropout = architecture["blocks"], architecture["attention"], architecture["dropout"]
         channels, height, _ = shape
         self.multiple = fold * 2 ** (len(multipliers) - 1)
         self.width, self.classes = width, classes
@@ -69,7 +76,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(features))):
             outputs, size = features[level], sizes[level]
             if level + 1 < len(features):
-                self.up.append(Double(before, outputs))
+                self.up.append(Upsample(before, outputs))
             self.up.extend(block(2 * outputs, outputs, size) for _ in range(blocks))
             before = outputs
         self.last = nn.Sequential(group_norm(before), nn.SiLU(), zero(nn.Conv2d(before, channels * fold**2, 3, padding=1)))
@@ -147,8 +154,8 @@ def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-class Double(nn.Module):
-    """Twice the height and width."""
+class Upsample(nn.Module):
+    """Double the height and width."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

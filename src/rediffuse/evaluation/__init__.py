@@ -1,4 +1,4 @@
-"""How good generated images are: versioned instruments that turn images into features, and distances between feature sets.
+"""How good generated images are: versioned instruments that turn images into features, distances between them, memorisation.
 
-Knows nothing of the models that are judged, of DVC or of MLflow.
+Takes its settings from params.yaml's groups; must not know the models that are judged, DVC or MLflow.
 """

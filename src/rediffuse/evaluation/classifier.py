@@ -1,27 +1,15 @@
-"""The network of the in-domain classifiers, images in, features and class logits out; and the weights that are shipped.
-
-A shipped instrument is versioned: the SHA-256 of its weights is pinned in the record beside them and checked before they are
-read.  Another training run is another ruler, so it gets another id; see docs/evaluation.md.
-"""
+"""The network of the in-domain classifiers: images in, features and class logits out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rediffuse.images.pixels import to_signed
-from rediffuse.runtime.errors import UserError
 
-WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = ("fashion-mnist-cnn-v1",)
 ARCHITECTURE = 1  # goes into the id of a trained instrument; another network is another ruler
 DIMENSION = 64  # of the penultimate layer
 CHANNELS = (64, 128)
@@ -33,7 +21,7 @@ class Classifier(nn.Module):
 
     The penultimate layer is linear: a ReLU behind it would give dead features and singular covariances.  The buffers
     `feature_mean` and `feature_std` (of the training images) put every feature on the scale of the real data, so that the
-    unit of the distances does not hang on the accidents of one training run.
+    unit of the distances does not depend on the accidents of one training run.
 
     The last map is 4 to 8 wide whatever the sides of the images: larger images are folded by 4 instead of 2, and above 64 pixels
     there is a third stage.  Sides that cannot be halved so often get a black border.
@@ -85,41 +73,7 @@ def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
-def load_shipped(id: str, folder: Path = WEIGHTS) -> tuple[dict[str, Any], Classifier]:
-    """The record and the network of a shipped instrument, ready to measure.
-
-    Raises UserError for files that are missing, and for weights that are not the ones of the record: their SHA-256 is compared
-    before a byte of them is used.
-    """
-    paths = {suffix: folder / f"{id}.{suffix}" for suffix in ("json", "safetensors")}
-    remedy = f"restore the files with `git checkout -- src/rediffuse/evaluation/weights/{id}.*`, or install rediffuse again"
-    if missing := [path.name for path in paths.values() if not path.is_file()]:
-        raise UserError(f"the instrument {id} is not complete, {' and '.join(missing)} missing: {remedy}")
-    record: dict[str, Any] = json.loads(paths["json"].read_text())
-    network = build_classifier(record)
-    load_weights(network, paths["safetensors"].read_bytes(), record, remedy)
-    return record, network
-
-
 def build_classifier(record: dict[str, Any]) -> Classifier:
     """The network that a record describes, its weights still arbitrary."""
     with torch.random.fork_rng(devices=[]):  # the layers draw weights, which are replaced
         return Classifier(len(record["classes"]), record["dimension"], shape=record["shape"])
-
-
-def load_weights(network: nn.Module, data: bytes, record: dict[str, Any], remedy: str) -> None:
-    """Give the network the weights in these bytes (of a safetensors file), and freeze it.
-
-    Raises UserError, with the remedy, unless their SHA-256 is the record's: no byte of them is used before.
-    """
-    found = hashlib.sha256(data).hexdigest()
-    if found != record["sha256"]:
-        raise UserError(
-            f"the weights of the instrument {record['id']} are altered: their SHA-256 is {found}, its record says {record['sha256']}."
-            f" Numbers measured with them could be compared with nothing: {remedy}"
-        )
-    try:
-        network.load_state_dict(safetensors.torch.load(data))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"the weights of the instrument {record['id']} do not fit its network: {error}; {remedy}") from None
-    network.eval().requires_grad_(False)

@@ -3,7 +3,8 @@
 Distances are between pixels, L2, and exact.  Pixels minus 128 lie in -128 .. 127, so a product of two is at most 2^14 and any partial sum
 of 1024 of them an integer of at most 2^24: float32 holds it exactly, in whatever order the matrix product adds.  So squared distances
 |x|^2 + |y|^2 - 2 x.y are exact at the speed of a float32 matrix product; of larger images, pieces of 1024 pixels are added as integers.
-The products are numpy's, because torch may be told to round the factors to bfloat16 (`set_float32_matmul_precision`).
+The products are numpy's, because torch may be told to round the factors to bfloat16 (`set_float32_matmul_precision`).  Not
+scikit-learn's chunked distances: they want the whole training set in memory, as float64, and take twice as long to be as exact.
 
 The numbers are evidence, not a verdict: pixels are blind to a training image that comes back shifted by one, and real images of a small
 world lie close to each other too.  So unseen real images, the test set, are measured the same way and stand beside.
@@ -15,11 +16,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from scipy.stats import rankdata, tiecorrect
 from tqdm import tqdm
 
 from rediffuse.runtime.errors import UserError
@@ -204,23 +207,27 @@ def mann_whitney_z(a: Integers, b: Integers) -> float:
     """Mann and Whitney's U of a (N,) against b (M,) in units of its standard deviation under equal distributions; negative: a is smaller.
 
     Normal approximation with the correction for ties, without one for continuity, so that exchanging a and b changes the sign only.
+    scipy's own test gives p alone, which underflows where z is large.
     """
     n, m = len(a), len(b)
-    _, rank, counts = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
-    middle = counts.cumsum() - (counts - 1) / 2  # equal numbers share their mean rank
-    u = middle[rank[:n]].sum() - n * (n + 1) / 2  # pairs in which a is the larger one
-    tied = (counts.astype(np.float64) ** 3 - counts).sum() / ((n + m) * (n + m - 1))
-    variance = n * m / 12 * (n + m + 1 - tied)
+    ranks = rankdata(np.concatenate([a, b]))
+    variance = tiecorrect(ranks) * n * m * (n + m + 1) / 12
+    u = ranks[:n].sum() - n * (n + 1) / 2  # pairs in which a is the larger one
     return float((u - n * m / 2) / np.sqrt(variance)) if variance > 0 else 0.0
 
 
-def closest(neighbourhood: Neighbourhood, n: int) -> Integers:
-    """The rows of the n images that look most like copies, by the ratio of `copies`; of equal ones the lower row first."""
-    return neighbourhood.ratio.argsort(kind="stable")[:n]
+def closest(neighbourhood: Neighbourhood, n: int) -> list[dict[str, Any]]:
+    """The n images that look most like copies, by the ratio of `copies`; of equal ones the lower row first.
+
+    index: the row of the image; nearest: the rows of its two nearest training images; ratio: see `Neighbourhood`.
+    """
+    rows = neighbourhood.ratio.argsort(kind="stable")[:n]
+    table = zip(rows.tolist(), neighbourhood.index[rows].tolist(), neighbourhood.ratio[rows].tolist(), strict=True)
+    return [{"index": row, "nearest": nearest, "ratio": ratio} for row, nearest, ratio in table]
 
 
 def save_neighbourhood(path: Path, neighbourhood: Neighbourhood) -> None:
-    """Write it; the file is there as a whole or not at all, and hangs on nothing but the numbers."""
+    """Write it atomically; the bytes depend on the numbers alone."""
     arrays = {name: np.ascontiguousarray(getattr(neighbourhood, name)) for name in ("squared", "index", "spacing")}
     sizes = json.dumps({"train": neighbourhood.train, "pixels": neighbourhood.pixels})  # one entry: their order would not be fixed
     replace_file(path, safetensors.numpy.save(arrays, {"sizes": sizes}))

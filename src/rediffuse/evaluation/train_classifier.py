@@ -5,7 +5,8 @@ another id.  How they were made:
 
     OMP_NUM_THREADS=1 python -c "
     from pathlib import Path
-        from rediffuse.evaluation.train_classifier import make_shipped
+    from rediffuse.evaluation.train_classifier import make_shipped
+    from rediffuse.sources.fashion_mnist import load_fashion_mnist
     make_shipped(**load_fashion_mnist(), folder=Path('FOLDER'))"
 """
 
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rediffuse.evaluation.classifier import CHANNELS, SHIPPED, Classifier
+from rediffuse.evaluation.classifier import CHANNELS, Classifier
+from rediffuse.evaluation.shipped import SHIPPED
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import replace_file, write_json

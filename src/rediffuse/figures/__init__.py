@@ -1,4 +1,4 @@
-"""Pictures of images, latents and training: arrays in, uint8 arrays and files out, the same bytes each time.
+"""Every picture: arrays, records and models in, PNG out, the same bytes each time.  Only the stage `report` depends on it.
 
-This room must not know models, parameters, DVC or MLflow.
+Must not know DVC or MLflow.
 """

@@ -1,14 +1,13 @@
-"""The latent space of a VAE: where the images lie in it, and what lies where.
-
-Matplotlib is imported when the first picture is drawn: at the top it would keep the training that comes before waiting for a second.
-"""
+"""The latent space of a VAE: where the images lie in it, and what lies where."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
+import matplotlib
+import matplotlib.style
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rediffuse.figures.render import plain, render
@@ -24,10 +23,6 @@ def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: 
     means: (N, latent_dim).  Two dimensions are drawn as they are; of more, the first two principal components, with their
     share of the variance; a single one against the class.  More than MOST classes are not named.
     """
-    import matplotlib
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
     points, axes = _plane(means, labels)
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
         named = labels is not None and len(classes) <= MOST
@@ -41,16 +36,6 @@ def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: 
                 axis.scatter([], [], color=colours(index), label=plain(name))
             figure.legend(loc="outside right center")
         return render(figure)
-
-
-def prior_lattice(n: int) -> NDArray[np.float64]:
-    """(n², 2): points of a two-dimensional latent space on the quantiles of the standard normal prior, row by row.
-
-    z_1 grows to the right, z_2 upwards, as in `latent_map`.  Decoded, `grid(decoded, columns=n, pad=0)` shows the manifold.
-    """
-    quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)])
-    right, up = np.meshgrid(quantiles, quantiles[::-1])
-    return np.stack([right.ravel(), up.ravel()], axis=1)
 
 
 def principal_components(means: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

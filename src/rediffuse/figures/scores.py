@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -16,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from rediffuse.figures.render import plain, render
+from rediffuse.images.files import save_png
 
 Record = Mapping[str, Any]
 
@@ -53,6 +55,12 @@ class Spread:
         return cls(value, value, value)
 
 
+def draw_scores(record: Record, reference: Record, folder: Path) -> None:
+    """Write scores.png and classes.png."""
+    save_png(score_chart(record, reference), folder / "scores.png")
+    save_png(class_chart(record, reference), folder / "classes.png")
+
+
 def score_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     """All scores of a model, as a picture (height, 1500, 3) with a band for each instrument.
 
@@ -63,7 +71,7 @@ def score_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     """
     model, names = record["model"], list(record["instruments"])
     if not names:
-        return _saying(f"{model}: {NOTHING}")
+        return _sentence(f"{model}: {NOTHING}")
     with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
         figure = Figure(figsize=(15, 0.9 + 3.4 * len(names)), dpi=DOTS, layout="constrained")
         figure.suptitle(_title(record), fontsize=13)
@@ -83,10 +91,10 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     parts = {name: part for name, part in record["instruments"].items() if part.get("classes")}
     every = list(dict.fromkeys(name for part in parts.values() for name in _by_class(part)))
     if not every:
-        return _saying(f"{record['model']}: {'the images have no classes' if record['instruments'] else NOTHING}")
+        return _sentence(f"{record['model']}: {'the images have no classes' if record['instruments'] else NOTHING}")
     measured = {name for part in parts.values() for name in _measured(_by_class(part))}
     if len(every) > MOST and not measured:
-        return _saying(f"{record['model']}: too few images of each of the {len(every):,} classes for a distance")
+        return _sentence(f"{record['model']}: too few images of each of the {len(every):,} classes for a distance")
     classes = every if len(every) <= MOST else _furthest(every, _measured(_by_class(next(iter(parts.values())))))
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(max(8, 2.5 + 5.5 * len(parts)), 1.8 + 0.32 * max(3, len(classes))), dpi=DOTS, layout="constrained")
@@ -105,7 +113,7 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
         return render(figure)
 
 
-def _saying(text: str) -> NDArray[np.uint8]:
+def _sentence(text: str) -> NDArray[np.uint8]:
     """A small picture of nothing but a sentence."""
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(8, 1.8 + 0.32 * 3), dpi=DOTS, layout="constrained")
@@ -262,7 +270,7 @@ def _distance(part: Record) -> str:
 
 
 def _by_class(part: Record) -> Record:
-    """{class: {"fd", "n"}}, or only "n" where there are too few images; Inception's distances are called fid."""
+    """{class: {its distance, "n"}}, or only "n" where there are too few images; Inception's distances are called fid."""
     distances: Record = part["classes"]["fid" if "fid" in part["classes"] else "fd"]
     return distances
 

@@ -1,4 +1,4 @@
-"""Image sets: from the published files to memory-mapped uint8 arrays with a manifest.
+"""Images in memory and on disk: image sets as memory-mapped arrays, pixels, sample sets, PNG.
 
-This room knows files, hashes and arrays; it must not know models, DVC or MLflow.
+Must not know where images come from, or models.  Its errors name the stage that makes a missing file.
 """

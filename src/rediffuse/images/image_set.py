@@ -23,17 +23,17 @@ Split = Literal["train", "validation", "test"]
 class ImageSet:
     """Images and what they show.
 
-    images: uint8 (N, C, H, W), values 0..255; labels: int64 (N,), each an index into `classes`, or None;
+    images: uint8 (N, C, H, W), values 0..255, or float32, latents of a VAE; labels: int64 (N,), each an index into `classes`, or None;
     classes: the names of the labels, empty where there are none.  Arrays from `load_images` are memory-mapped and read-only.
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise ValueError(f"images must be uint8 (N, C, H, W), got {self.images.dtype} {self.images.shape}")
+        if self.images.dtype not in (np.uint8, np.float32) or self.images.ndim != 4:
+            raise ValueError(f"images must be uint8 or float32 (N, C, H, W), got {self.images.dtype} {self.images.shape}")
         if self.labels is None:
             return
         if self.labels.dtype != np.int64 or self.labels.shape != (len(self.images),):

@@ -1,12 +1,8 @@
-"""Generated images as the stage `sample` leaves them: a folder with an npz for each seed, and `sampling.json`, the settings.
-
-Each npz holds `images` and, from a conditional model, the `labels` it was asked for.
-"""
+"""Generated images on disk: a folder for each seed with `images.npy` and, from a conditional model, `labels.npy`; and `sampling.json`."""
 
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rediffuse.images.files import save_npy
 from rediffuse.images.image_set import check_images
 from rediffuse.runtime.errors import UserError
+
+RECONSTRUCTIONS = "reconstructions"  # the folder beside those of the seeds, from a VAE
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """images: uint8 (N, C, H, W); labels: int64 (N,), the asked classes, or None."""
+    """images: uint8 (N, C, H, W); labels: int64 (N,), the classes asked for, or None."""
 
     images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,6 +56,13 @@ class SampleSets:
         return np.concatenate(labels) if labels else None
 
 
+def save_samples(folder: Path, samples: Samples) -> None:
+    """Write one set."""
+    save_npy(folder / "images.npy", samples.images)
+    if samples.labels is not None:
+        save_npy(folder / "labels.npy", samples.labels)
+
+
 def load_sets(folder: Path, shape: tuple[int, ...], classes: int) -> SampleSets:
     """The sets in the folder.  Raises UserError if anything is missing or damaged, or does not fit `sampling.json`."""
     remedy = f"make it with `dvc repro -f sample_{folder.name}`"
@@ -67,31 +73,32 @@ def load_sets(folder: Path, shape: tuple[int, ...], classes: int) -> SampleSets:
         raise UserError(f"{folder / 'sampling.json'} is missing: {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'sampling.json'} is damaged ({error!r}): {remedy}") from None
-    sets = [load_samples(folder / f"{seed}.npz", shape, classes) for seed in seeds]
+    sets = [load_samples(folder / str(seed), shape, classes) for seed in seeds]
     if {len(part) for part in sets} != {n} or len({part.labels is None for part in sets}) != 1:
         found = ", ".join(f"{len(part)} {'un' if part.labels is None else ''}labelled" for part in sets)
         raise UserError(f"{folder} must hold sets of {n} images, all labelled or none, got {found}: {remedy}")
-    again = folder / "reconstructions.npz"
+    again = folder / RECONSTRUCTIONS
     return SampleSets(sets, sampling, load_samples(again, shape, classes).images if again.exists() else None)
 
 
-def load_samples(path: Path, shape: tuple[int, ...], classes: int) -> Samples:
-    """The samples in the file.  Raises UserError if it is missing or damaged, or holds other things than images (C, H, W) = shape."""
-    remedy = f"make it with `dvc repro -f sample_{path.parent.name}`"
+def load_samples(folder: Path, shape: tuple[int, ...], classes: int) -> Samples:
+    """One set.  Raises UserError if it is missing or damaged, or holds other things than images (C, H, W) = shape."""
+    remedy = f"make it with `dvc repro -f sample_{folder.parent.name}`"
+    images, labels = _load(folder / "images.npy", remedy), None
+    check_images(images, shape, str(folder))
+    if (folder / "labels.npy").exists():
+        labels = _load(folder / "labels.npy", remedy)
+        if labels.shape != (len(images),) or labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(f"{folder}: labels must be {len(images)} int64 numbers from 0 to {classes - 1}, got {found}: {remedy}")
+    return Samples(images, labels)
+
+
+def _load(path: Path, remedy: str) -> NDArray[Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:  # AttributeError: an npy file, which has no names
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-    if "images" not in arrays:
-        raise UserError(f"{path} must hold the array images, got {', '.join(arrays) or 'nothing'}: {remedy}")
-    images, labels = arrays["images"], arrays.get("labels")
-    check_images(images, shape, str(path))
-    if labels is not None:
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < classes:
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UserError(f"{path}: labels must be {len(images)} integers from 0 to {classes - 1}, got {found}: {remedy}")
-        labels = labels.astype(np.int64)
-    return Samples(images, labels)
+    return array

@@ -1,1 +1,4 @@
-"""A trained model in the formats of others.  Each writes the files of one folder; the command adds the model card."""
+"""What one does with a trained model: draw, reconstruct, interpolate, inpaint, likelihood, export, serve.  No stage depends on it.
+
+Must not know DVC; MLflow only where a model is served.
+"""

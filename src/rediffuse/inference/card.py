@@ -51,7 +51,7 @@ def model_card(
 
 def _data(manifest: Mapping[str, Any] | None) -> list[str]:
     if manifest is None:
-        return ["Not known: data/prepared is not there, or is not what this model was trained on."]
+        return ["Not known: data/pixels is not there, or is not what this model was trained on."]
     train = manifest["splits"]["train"]
     return _table(
         {

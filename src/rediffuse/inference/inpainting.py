@@ -27,8 +27,8 @@ def repaint(
     """Images like x_T (B, ...) that agree with x_0 in [-1, 1] where `known` (bool, like an image or a batch of them) is true.
 
     Each of the ancestral steps between `times` (T, ..., 0, strictly decreasing) is gone `rounds` times: after it x_s is noised to t again,
-    so that what is known and what is drawn grow together (algorithm 1, with jumps of one step).  rounds * (len(times) - 1) evaluations
-    of D.
+    so that what is known and what is drawn grow together (algorithm 1, with jumps of one step).  rounds * (len(times) - 2) + 1
+    evaluations of D: the last step, to 0, is gone once.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

@@ -1,7 +1,4 @@
-"""A trained model that draws images of a class, with its settings: what `rediffuse generate` and a served model share.
-
-Which kind of model it is shows only when it is loaded; the module of the other kind is never imported.
-"""
+"""A trained model that draws images of a class, with its settings: what `rediffuse generate` and a served model share."""
 
 from __future__ import annotations
 
@@ -17,13 +14,20 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from rediffuse.inference.settings import Kind, kind_of, known_classes, label_of
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.inference.ddpm_coder import DDPMCoder
+from rediffuse.inference.settings import known_classes, label_of
+from rediffuse.inference.vae_coder import VAECoder
 from rediffuse.params import SampleDDPM, SampleVAE
 from rediffuse.runtime.device import Precision, device, make_deterministic
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import Kind, read_config
 from rediffuse.runtime.shards import SHARD, DrawShard, draw, in_shards, shard_generator
 from rediffuse.runtime.weights import load_model
-from rediffuse.sampling.vae import PRIOR
+from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sampling.space import Pixels, load_space
+from rediffuse.sampling.vae import PRIOR, load_prior, vae_shards
+from rediffuse.vae.model import VAE
 
 CODING_STEPS = 100  # of DDIM, in which an image becomes noise and noise an image
 
@@ -190,21 +194,17 @@ def load_image_model(folder: Path, settings: Mapping[str, Any], *, prior: Path |
     make_deterministic()
     precision: Precision = settings["precision"]
     own = {name: value for name, value in settings.items() if name != "precision"}
-    if kind_of(folder) == "vae":
+    if read_config(folder)["kind"] == "vae":
         return _load_vae(folder, _checked(SampleVAE, own), precision, prior)
     return _load_ddpm(folder, _checked(SampleDDPM, {"spacing": "even"} | own), precision)  # models packed before it could be chosen
 
 
 def _load_vae(folder: Path, settings: SampleVAE, precision: Precision, prior: Path | None) -> ImageModel:
-    from rediffuse.inference.vae_coder import VAECoder
-    from rediffuse.sampling.vae import load_prior, vae_shards
-    from rediffuse.vae.model import VAE
-
     vae = load_model(VAE, folder, device())
     latents = load_prior(vae, settings, prior or folder / PRIOR, folder)
     return ImageModel(
         "vae",
-        (vae.shape[0], vae.shape[1], vae.shape[2]),
+        vae.shape,
         tuple(name.strip() for name in vae.class_names),
         lambda label: vae_shards(vae, latents, precision, label=label),
         lambda _: VAECoder(vae, latents, precision),
@@ -212,28 +212,22 @@ def _load_vae(folder: Path, settings: SampleVAE, precision: Precision, prior: Pa
 
 
 def _load_ddpm(folder: Path, settings: SampleDDPM, precision: Precision) -> ImageModel:
-    from rediffuse.diffusion.denoiser import Denoiser
-    from rediffuse.inference.ddpm_coder import DDPMCoder
-    from rediffuse.sampling.ddpm import ddpm_shards
-    from rediffuse.sampling.space import Pixels, open_space
-
     denoiser = load_model(Denoiser, folder, device())
     if settings.steps > denoiser.schedule.T:
         raise UserError(f"steps must be at most T, the {denoiser.schedule.T} steps this model was trained on, got {settings.steps}")
     if settings.guidance_scale != 1 and not denoiser.classes:
         raise UserError(f"guidance_scale must be 1 for a model trained without labels, got {settings.guidance_scale:g}")
     names = tuple(name.strip() for name in denoiser.class_names)
-    T, space = denoiser.schedule.T, open_space(folder, denoiser.shape, device())
+    T, space = denoiser.schedule.T, load_space(folder, denoiser.shape, device())
 
     def coder(steps: int | None) -> Coder:
         if steps is not None and not 1 <= steps <= T:
             raise UserError(f"steps must be from 1 to T, the {T} steps this model was trained on, got {steps}")
         return DDPMCoder(denoiser, space, precision, min(CODING_STEPS, T) if steps is None else steps)
 
-    shape = (space.shape[0], space.shape[1], space.shape[2])
     return ImageModel(
         "ddpm",
-        shape,
+        space.shape,
         names,
         lambda label: ddpm_shards(denoiser, settings, precision, space=space, label=label),
         coder,

@@ -3,6 +3,8 @@
 Its file in an exported folder is the source of `UNet` and of what follows the imports here, so that the folder needs no rediffuse.
 """
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -15,7 +17,7 @@ class RediffuseUNet(ModelMixin, ConfigMixin):
     """Predicts what the scheduler's `prediction_type` says, from images in [-1, 1] and a time, for `DDPMPipeline` and `DDIMPipeline`.
 
     sample_size: (H, W).  T: steps it was trained on.  classes: number of labels.  label: of images for which the call gives none; None:
-    no label.  The rest: as for `UNet`.
+    no label.  network: the other arguments of `UNet`.
     """
 
     @register_to_config
@@ -26,25 +28,11 @@ class RediffuseUNet(ModelMixin, ConfigMixin):
         T: int,
         classes: int,
         label: int | None,
-        fold: int,
-        width: int,
-        multipliers: tuple[int, ...],
-        blocks: int,
-        attention: int,
-        dropout: float,
+        network: dict[str, Any],
     ) -> None:
         super().__init__()
         height, breadth = sample_size
-        self.unet = UNet(
-            (in_channels, height, breadth),
-            classes=classes,
-            fold=fold,
-            width=width,
-            multipliers=multipliers,
-            blocks=blocks,
-            attention=attention,
-            dropout=dropout,
-        )
+        self.unet = UNet((in_channels, height, breadth), classes=classes, **network)
 
     def forward(
         self,

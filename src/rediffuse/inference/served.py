@@ -38,7 +38,7 @@ class ServedImageModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlfl
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _draw(self, n: int, seed: int, label: Any = None) -> list[dict[str, Any]]:
-        from rediffuse.images.files import encode_png
+        from rediffuse.images.files import encode_image
 
         number = None
         if not pd.isna(label):
@@ -46,7 +46,7 @@ class ServedImageModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlfl
             number = self.model.label(str(int(label) if whole else label))
         images, labels = self.model.draw(int(n), seed=int(seed), label=number)
         names = [None] * len(images) if labels is None else [self.model.class_names[i] for i in labels]
-        pictures = [base64.b64encode(encode_png(image)).decode() for image in images]
+        pictures = [base64.b64encode(encode_image(image)).decode() for image in images]
         return [{"label": name, "png": picture} for name, picture in zip(names, pictures, strict=True)]
 
 

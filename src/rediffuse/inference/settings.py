@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rediffuse.params import Params, SampleDDPM, SampleVAE
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import Kind
 
-Kind = Literal["vae", "ddpm"]
-KINDS: tuple[Kind, ...] = ("vae", "ddpm")
 SAMPLING = "sampling.json"  # beside model.safetensors and config.json, where a model is packed with its settings
 SHOWN = 30  # classes named in a message, at most
 
@@ -35,32 +34,6 @@ def packed_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}, how this model is sampled, cannot be read ({error!r})") from None
     return settings
-
-
-def kind_of(folder: Path) -> Kind:
-    """Which kind of model lies in the folder, by the arguments that rebuild it.  Raises UserError if there is none."""
-    config = read_config(folder)
-    for kind, argument in (("vae", "latent_dim"), ("ddpm", "schedule")):
-        if argument in config:
-            return kind  # type: ignore[return-value]
-    raise UserError(f"{folder / 'config.json'} is of no model that is known here, a VAE or a DDPM: it holds {', '.join(config)}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The arguments that rebuild the model in the folder.  Raises UserError if they are missing or damaged."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: `dvc repro` trains a model into data/models, `dvc pull` fetches a trained one; another folder"
-            " must hold model.safetensors and config.json"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it must hold the arguments of a model")
-    return config
 
 
 def label_of(text: str, kind: Kind, class_names: Sequence[str]) -> int:

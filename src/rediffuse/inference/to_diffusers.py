@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.inference.settings import Kind
+from rediffuse.diffusion.unet import unet_arguments
 from rediffuse.runtime.errors import UserError
-from rediffuse.vae.latents import VAE_FOLDER
+from rediffuse.runtime.kinds import Kind
+from rediffuse.vae.latents import has_latents
 
 MODULE, CLASS = "rediffuse_unet", "RediffuseUNet"
 PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-ARCHITECTURE = ("fold", "width", "multipliers", "blocks", "attention", "dropout")
 
 
 def diffusers_files(kind: Kind, folder: Path, config: dict[str, Any], label: int | None) -> dict[str, bytes]:
@@ -27,7 +27,7 @@ def diffusers_files(kind: Kind, folder: Path, config: dict[str, Any], label: int
             "--format diffusers takes a DDPM, but --model is vae: diffusers has no pipeline that draws from a VAE alone; take"
             " --format folder or onnx"
         )
-    if (folder / VAE_FOLDER).is_dir():
+    if has_latents(folder):
         raise UserError(
             "--format diffusers takes a DDPM of pixels, but this one works in the latents of a VAE (ddpm.space), whose decoder"
             " DDPMPipeline does not run; take --format folder or onnx"
@@ -69,7 +69,7 @@ def _scheduler(config: dict[str, Any]) -> dict[str, Any]:
         "trained_betas": Schedule.make(config["schedule"], config["T"]).beta[1:].tolist(),
         "prediction_type": PREDICTION_TYPE[config["predict"]],
         "variance_type": "fixed_small",
-        "clip_sample": config.get("clip", True),
+        "clip_sample": config["clip"],
         "clip_sample_range": 1.0,
         "timestep_spacing": "trailing",
     }
@@ -78,7 +78,7 @@ def _scheduler(config: dict[str, Any]) -> dict[str, Any]:
 def _network(config: dict[str, Any], label: int | None) -> dict[str, Any]:
     channels, *size = config["shape"]
     own = {"sample_size": size, "in_channels": channels, "T": config["T"], "classes": len(config["class_names"]), "label": label}
-    return {"_class_name": CLASS} | own | {name: config[name] for name in ARCHITECTURE}
+    return {"_class_name": CLASS} | own | {"network": unet_arguments(config)}
 
 
 def _source() -> str:

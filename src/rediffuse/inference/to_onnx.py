@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.inference.settings import Kind
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import Kind
 from rediffuse.runtime.weights import load_model
-from rediffuse.vae.latents import VAE_FOLDER, Latents, open_latents
+from rediffuse.vae.latents import Latents, has_latents, load_latents
 from rediffuse.vae.model import VAE
 
 NETWORK, DECODER = "model.onnx", "decoder.onnx"
@@ -43,8 +43,8 @@ def write_onnx(kind: Kind, folder: Path, config: dict[str, Any], target: Path) -
             _write(denoiser, {"x_t": x_t, "t": t, "labels": torch.zeros(2, dtype=torch.int64)}, "output", target / NETWORK)
         else:
             _write(_Unconditional(denoiser), {"x_t": x_t, "t": t}, "output", target / NETWORK)
-        if (folder / VAE_FOLDER).is_dir():
-            _write(_LatentDecoder(open_latents(folder / VAE_FOLDER, cpu)), {"x_0": x_t}, "image", target / DECODER)
+        if has_latents(folder):
+            _write(_LatentDecoder(load_latents(folder, cpu)), {"x_0": x_t}, "image", target / DECODER)
         config = config | {"alpha_bar": denoiser.schedule.alpha_bar.tolist()}
     (target / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
 
@@ -68,7 +68,7 @@ def onnx_usage(kind: Kind, folder: Path, config: dict[str, Any]) -> str:
         "`alpha_bar[t]` in config.json, t = 0 to T, is the schedule: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, and"
         " v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."
     )
-    if (folder / VAE_FOLDER).is_dir():
+    if has_latents(folder):
         lines.append(f"x_0 is a latent: `{DECODER}` makes of `x_0`, float32 (batch, c, h, w), `image`, float32 (batch, C, H, W) in [0, 1].")
     else:
         lines.append("x_0 is an image with pixels from -1 to 1, to which each estimate of it is to be clipped.")
@@ -77,7 +77,7 @@ def onnx_usage(kind: Kind, folder: Path, config: dict[str, Any]) -> str:
 
 def _latent_dim(config: Mapping[str, Any]) -> int:
     with torch.device("meta"):  # only its size is asked for
-        return VAE(**config).latent_dim
+        return VAE(**{name: value for name, value in config.items() if name != "kind"}).latent_dim
 
 
 def _write(network: nn.Module, inputs: Mapping[str, Tensor], output: str, target: Path) -> None:

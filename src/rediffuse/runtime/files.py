@@ -1,10 +1,12 @@
-"""Files that are written wholly or not at all, with the same bytes for the same content."""
+"""Files written atomically, whose bytes depend on their content alone."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,10 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise UserError(f"{path} is not written: one of its numbers is not finite ({error})") from None
     replace_file(path, (text + "\n").encode())
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table; numbers read back exactly."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    replace_file(path, text.getvalue().encode())

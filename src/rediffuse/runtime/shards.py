@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rediffuse.runtime.device import seed_for
-from rediffuse.runtime.processes import dealt, gather, is_main, world_size
+from rediffuse.runtime.processes import gather, is_main, my_share, world_size
 
 SHARD = 64
 SAMPLING = 4  # the stream of random numbers, beside those of training
@@ -53,7 +53,7 @@ def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
     """
     mine = []
     with tqdm(total=n, unit="img", desc=title, mininterval=1.0, disable=not is_main()) as bar:
-        for shard in dealt(-(-n // SHARD)):
+        for shard in my_share(-(-n // SHARD)):
             indices = torch.arange(shard * SHARD, (shard + 1) * SHARD)
             mine.append(draw_shard(indices, shard_generator(seed, shard)).cpu())
             bar.update(min(SHARD * world_size(), n - shard * SHARD))

@@ -1,10 +1,9 @@
-"""The files of a finished model: weights, and the arguments that rebuild it."""
+"""The files of a finished model: weights, and the kind and arguments that rebuild it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -12,23 +11,33 @@ from torch import nn
 
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import replace_file, write_json
+from rediffuse.runtime.kinds import CONFIG, WEIGHTS, Kind, read_config
 
-Model = TypeVar("Model", bound=nn.Module)
+
+class Rebuildable(nn.Module):
+    """A model whose class and `config` rebuild it: `type(model)(**model.config)`.  Tells its kind, so that nobody has to guess it."""
+
+    kind: ClassVar[Kind]
+    config: dict[str, Any]
 
 
-def save_model(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Write weights (model.safetensors, contiguous, on the CPU) and the arguments that rebuild the model (config.json)."""
+Model = TypeVar("Model", bound=Rebuildable)
+
+
+def save_model(model: Rebuildable, folder: Path) -> None:
+    """Write the weights, contiguous and on the CPU, and `model.config`: the kind, and the arguments of the class."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    replace_file(folder / "model.safetensors", save(state))
-    write_json(folder / "config.json", config)
+    replace_file(folder / WEIGHTS, save(state))
+    write_json(folder / CONFIG, {"kind": model.kind} | model.config)
 
 
-def load_model(kind: type[Model], folder: Path, device: torch.device) -> Model:
-    """The model that save_model wrote, in evaluation mode."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        model = kind(**config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or folder} is missing: `dvc repro` trains the model, `dvc pull` fetches a trained one") from None
+def load_model(model_class: type[Model], folder: Path, device: torch.device) -> Model:
+    """The model that `save_model` wrote, in evaluation mode.  Raises UserError if it is missing or of another kind."""
+    arguments = read_config(folder)
+    if (kind := arguments.pop("kind")) != model_class.kind:
+        raise UserError(f"{folder} must hold a {model_class.kind}, but its {CONFIG} says {kind}")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS} is missing: `dvc repro` trains the model, `dvc pull` fetches a trained one")
+    model = model_class(**arguments)
+    model.load_state_dict(load_file(folder / WEIGHTS))
     return model.to(device).to(memory_format=torch.channels_last).eval()

@@ -1,5 +1,5 @@
-"""Drawing new images from a trained model: one code path for the stage `sample`, `rediffuse generate` and a served MLflow model.
+"""Drawing new images from a trained model: samplers, spacings, guidance; from the VAE, the DDPM, the latents.
 
-Image i depends on the seed, i and its label only.  This room must not know DVC or MLflow; vae.py and ddpm.py must not know each
-other, so that a change to one model draws nothing of the other again.
+One code path for the stages, `rediffuse generate` and a served MLflow model.  Image i depends on the seed, i and its label only.
+Must not know DVC or MLflow.
 """

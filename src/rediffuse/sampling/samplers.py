@@ -1,6 +1,6 @@
 """Samplers: from x_T ~ N(0, I) to images, by a denoiser D(x_t, t, labels) -> x_0.
 
-Pure functions of one signature (`Sampler`), so that every sampler works with every denoiser, whatever its network predicts.
+Pure functions of one signature, `Sampler`'s, so that every sampler works with every denoiser, whatever its network predicts.
 All walk down `times`, from T to 0, and return the x_0 of the last step.  x_t keeps the dtype of x_T; coefficients are float64.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -26,12 +27,24 @@ Observe = Callable[[int, Tensor, Tensor], None]  # sees t, x_t and D(x_t, t) at 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.03, 40.0, 4.0
 
 
-class Sampler(Protocol):
+class DenoiseAt(Protocol):
+    """D(x_t, t) for one t of the whole batch.  corrector: a second look within a step, which no observer sees."""
+
+    def __call__(self, x_t: Tensor, t: int, /, *, corrector: bool = False) -> Tensor: ...
+
+
+Walk = Callable[[DenoiseAt, Schedule, Tensor, Sequence[int], Noise, float], Tensor]  # D, schedule, x_T, times, noise, eta
+
+
+@dataclass(frozen=True)
+class Sampler:
     """Draw images (B, ...) from x_T ~ N(0, I), a step from each of `times` to the next: T, ..., 0, strictly decreasing.
 
-    eta: for `ddim` only, 0 (deterministic) to 1 (ancestral).  noise: called once a step where the step is random (not the last
-    one), otherwise never.
+    walk: the mathematics, written with D(x_t, t).  eta: for `ddim` only, 0 (deterministic) to 1 (ancestral).  noise: called once a step
+    where the step is random (not the last one), otherwise never.  observe: sees each step.
     """
+
+    walk: Walk
 
     def __call__(
         self,
@@ -44,7 +57,14 @@ class Sampler(Protocol):
         eta: float = 0.0,
         noise: Noise,
         observe: Observe | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        def D(x_t: Tensor, t: int, /, *, corrector: bool = False) -> Tensor:
+            x_0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device), labels)
+            if observe is not None and not corrector:
+                observe(t, x_t, x_0)
+            return x_0
+
+        return self.walk(D, schedule, x_T, times, noise, eta)
 
 
 def even_times(schedule: Schedule, steps: int) -> list[int]:
@@ -56,8 +76,9 @@ def even_times(schedule: Schedule, steps: int) -> list[int]:
 def karras_times(schedule: Schedule, steps: int) -> list[int]:
     """steps + 1 times from T down to 0, strictly decreasing, where sigma^(1/rho) is even (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
-    sigma = sqrt((1 - alpha_bar) / alpha_bar) runs from SIGMA_MAX to SIGMA_MIN where the schedule reaches so far; T comes before
-    and 0 after.  Each sigma gives the time of the nearest log(sigma), moved where another has it already.
+    sigma = sqrt((1 - alpha_bar) / alpha_bar) runs from SIGMA_MAX to SIGMA_MIN where the schedule reaches so far; T takes the
+    place of the first time, and 0 comes after the last.  Each sigma gives the time of the nearest log(sigma), moved where another has
+    it already.
     """
     T = _checked(schedule, steps)
     log_sigma = -schedule.log_snr[1:] / 2
@@ -70,19 +91,10 @@ def karras_times(schedule: Schedule, steps: int) -> list[int]:
     return [*times, 0]
 
 
-def ddpm(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    labels: Tensor | None,
-    *,
-    times: Sequence[int],
-    eta: float = 0.0,
-    noise: Noise,
-    observe: Observe | None = None,
-) -> Tensor:
+@Sampler
+def ddpm(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise, eta: float) -> Tensor:
     """Ancestral sampling from q(x_s | x_t, x_0 = D(x_t)) (Ho et al. 2020, algorithm 2), on any subset of the steps."""
-    D, x_t = _observed(denoise, labels, observe), x_T
+    x_t = x_T
     for t, s in pairwise(times):
         x_t, variance = schedule.q_posterior(D(x_t, t), x_t, t, s)
         if s > 0:
@@ -90,19 +102,10 @@ def ddpm(
     return x_t
 
 
-def ddim(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    labels: Tensor | None,
-    *,
-    times: Sequence[int],
-    eta: float = 0.0,
-    noise: Noise,
-    observe: Observe | None = None,
-) -> Tensor:
+@Sampler
+def ddim(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise, eta: float) -> Tensor:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16); eta = 1 has the transitions of `ddpm`."""
-    D, x_t = _observed(denoise, labels, observe), x_T
+    x_t = x_T
     alpha_bar, one_minus_alpha_bar = schedule.alpha_bar, schedule.one_minus_alpha_bar
     for t, s in pairwise(times):
         x_0 = D(x_t, t)
@@ -115,61 +118,32 @@ def ddim(
     return x_t
 
 
-def dpm_solver_pp_2m(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    labels: Tensor | None,
-    *,
-    times: Sequence[int],
-    eta: float = 0.0,
-    noise: Noise,
-    observe: Observe | None = None,
-) -> Tensor:
+@Sampler
+def dpm_solver_pp_2m(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise, eta: float) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order at one evaluation of D a step.
 
     Deterministic.
     """
-    return _dpm_solver_pp_2m(_observed(denoise, labels, observe), schedule, x_T, times, None)
+    return _dpm_solver_pp_2m(D, schedule, x_T, times, None)
 
 
-def sde_dpm_solver_pp_2m(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    labels: Tensor | None,
-    *,
-    times: Sequence[int],
-    eta: float = 0.0,
-    noise: Noise,
-    observe: Observe | None = None,
-) -> Tensor:
+@Sampler
+def sde_dpm_solver_pp_2m(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise, eta: float) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, sec. 5): the same for the reverse SDE, as random as `ddpm`.
 
     Fresh noise washes out the errors of earlier steps, so that few steps come as near to the data as all of the ancestral chain.
     """
-    return _dpm_solver_pp_2m(_observed(denoise, labels, observe), schedule, x_T, times, noise)
+    return _dpm_solver_pp_2m(D, schedule, x_T, times, noise)
 
 
-def heun(
-    denoise: Denoise,
-    schedule: Schedule,
-    x_T: Tensor,
-    labels: Tensor | None,
-    *,
-    times: Sequence[int],
-    eta: float = 0.0,
-    noise: Noise,
-    observe: Observe | None = None,
-) -> Tensor:
+@Sampler
+def heun(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise, eta: float) -> Tensor:
     """Heun's method for dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
 
     Deterministic, second order, max(1, 2 steps - 2) evaluations of D.  x is the paper's x_t / sqrt(alpha_bar_t), sigma its
     noise.  The last step, to sigma = 0, is Euler's as in the paper.  So is the first: where a schedule ends near alpha_bar = 0
     it divides sigma by 10 to 1000 at once, and Heun's correction, which grows with that quotient, would spoil what follows.
     """
-    D = _observed(denoise, labels, observe)
-    D_prime = _observed(denoise, labels, None)
     scale = schedule.alpha_bar.sqrt()
     sigma = (-schedule.log_snr / 2).exp()
     x = x_T / scale[-1]
@@ -177,7 +151,7 @@ def heun(
         d = (x - D(scale[t] * x, t)) / sigma[t]
         x_s = x + (sigma[s] - sigma[t]) * d
         if t < schedule.T and s > 0:
-            d_prime = (x_s - D_prime(scale[s] * x_s, s)) / sigma[s]
+            d_prime = (x_s - D(scale[s] * x_s, s, corrector=True)) / sigma[s]
             x_s = x + (sigma[s] - sigma[t]) * (d + d_prime) / 2
         x = x_s
     return x
@@ -200,9 +174,7 @@ def _checked(schedule: Schedule, steps: int) -> int:
     return schedule.T
 
 
-def _dpm_solver_pp_2m(
-    D: Callable[[Tensor, int], Tensor], schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise | None
-) -> Tensor:
+def _dpm_solver_pp_2m(D: DenoiseAt, schedule: Schedule, x_T: Tensor, times: Sequence[int], noise: Noise | None) -> Tensor:
     """Exact for a D that is a line in lambda = log(alpha / sigma), up to the second order; of the SDE where there is noise.
 
     The last step, to lambda = +inf, is of first order: it returns the last D.
@@ -223,15 +195,3 @@ def _dpm_solver_pp_2m(
             x_t = x_t + sigma[s] * torch.expm1(-2 * h).neg().sqrt() * noise()
         x_0_before, h_before = x_0, h
     return D(x_t, times[-2])
-
-
-def _observed(denoise: Denoise, labels: Tensor | None, observe: Observe | None) -> Callable[[Tensor, int], Tensor]:
-    """D(x_t, t) for one t of the whole batch, shown to the observer."""
-
-    def D(x_t: Tensor, t: int) -> Tensor:
-        x_0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device), labels)
-        if observe is not None:
-            observe(t, x_t, x_0)
-        return x_0
-
-    return D

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rediffuse.images.pixels import from_signed, to_signed
-from rediffuse.vae.latents import VAE_FOLDER, open_latents
+from rediffuse.vae.latents import has_latents, load_latents
 
 
 class Space(Protocol):
@@ -35,8 +35,6 @@ class Pixels:
         return from_signed(x_0)
 
 
-def open_space(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Space:
+def load_space(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Space:
     """That of the DDPM in the folder, whose x_0 have this shape."""
-    if not (folder / VAE_FOLDER).is_dir():
-        return Pixels(shape)
-    return open_latents(folder / VAE_FOLDER, device)
+    return load_latents(folder, device) if has_latents(folder) else Pixels(shape)

@@ -1,6 +1,6 @@
 """Images from the VAE: latents from the prior, decoded; each image is the mean of p(x|z).
 
-The mixture prior is fitted once, by the stage `sample`, and kept with the weights that it was fitted to: another fit on another
+The mixture prior is fitted once, by the stage `sample_vae`, and kept with the weights that it was fitted to: another fit on another
 machine could differ in its bits.
 """
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rediffuse.images.pixels import from_unit
+from rediffuse.images.image_set import ImageSet
+from rediffuse.images.pixels import from_unit, on_device, to_unit
 from rediffuse.params import SampleVAE
 from rediffuse.runtime.device import Precision, autocast, device
 from rediffuse.runtime.errors import UserError
@@ -38,6 +39,17 @@ def vae_shards(vae: VAE, prior: Prior, precision: Precision, *, label: int | Non
             return from_unit(vae.decode(z, asked_labels(indices.to(device()), vae.classes, label)))
 
     return draw_shard
+
+
+def reconstruct_shards(vae: VAE, images: ImageSet, precision: Precision) -> DrawShard:
+    """What decodes a shard of images, of which it draws nothing: the mean of p(x|z) at the mean of q(z|x)."""
+
+    def reconstruct_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
+        x, labels = on_device(images.take(indices.numpy() % len(images)))
+        with autocast(device(), precision):
+            return from_unit(vae.decode(vae.encode(to_unit(x), labels)[0], labels))
+
+    return reconstruct_shard
 
 
 def save_mixture(path: Path, fitted: dict[str, Tensor], model: Path) -> None:

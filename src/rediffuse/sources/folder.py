@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from rediffuse.images.image_set import ImageAppender, Split, load_split
+from rediffuse.params import SIDES
 from rediffuse.runtime.errors import UserError
 from rediffuse.sources.splits import split_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SIDES = 16, 128  # of the images that the models and instruments are made for
 GREY = "1", "L", "LA", "La"  # modes of Pillow; those that begin with I are grey too
 LEAST = {"train": 3, "validation": 1, "test": 1}  # images; the memorisation looks for two neighbours, and a neighbour of these
 FEW = 1000  # images, below which a model soon knows them by heart

@@ -1,10 +1,13 @@
-"""git in a checkout or a clone, as the commands need it."""
+"""git in a checkout or a clone.  All of the project that asks git asks it here."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")  # set inside a hook: they would point to another repository
 
@@ -13,21 +16,35 @@ class GitError(Exception):
     """git failed; the text is what it said."""
 
 
-def git(folder: Path, *arguments: str, stdin: bytes | None = None) -> str:
-    """What git prints in this folder, without the end of the line.  Raises GitError where it fails or cannot be run."""
-    return git_bytes(folder, *arguments, stdin=stdin).decode(errors="replace").strip()
+def git(folder: Path, *arguments: str, **how: Any) -> str:
+    """What git prints in this folder, without the end of the line.  Arguments and errors as of `git_bytes`."""
+    return git_bytes(folder, *arguments, **how).decode(errors="replace").strip()
 
 
-def git_bytes(folder: Path, *arguments: str, stdin: bytes | None = None) -> bytes:
-    """What git prints in this folder.  Raises GitError where it fails or cannot be run."""
-    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+def git_bytes(
+    folder: Path, *arguments: str, stdin: bytes | None = None, timeout: float | None = None, variables: Mapping[str, str] | None = None
+) -> bytes:
+    """What git prints in this folder, with these variables in its environment.
+
+    Raises GitError where it fails, takes longer than timeout (in seconds), or cannot be run.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | dict(variables or {})
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, env=environment, input=stdin, capture_output=True, check=False)
-    except OSError as error:
+        done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, timeout=timeout, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise GitError(f"git cannot be run ({error})") from None
     if done.returncode:
         raise GitError(done.stderr.decode(errors="replace").strip() or f"`git {arguments[0]}` ended with status {done.returncode}")
     return done.stdout
+
+
+def try_git(folder: Path, *arguments: str, **how: Any) -> str:
+    """As `git`, but nothing where it fails: where there is no git, no commit, no remote."""
+    try:
+        return git(folder, *arguments, **{"timeout": 30.0} | how)
+    except GitError:
+        return ""
 
 
 def commit_of(folder: Path, name: str) -> str | None:
@@ -37,10 +54,7 @@ def commit_of(folder: Path, name: str) -> str | None:
 
 def object_of(folder: Path, name: str) -> str | None:
     """The full hash of what a name stands for, or None if this repository does not have it."""
-    try:
-        return git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", name) or None
-    except GitError:
-        return None
+    return try_git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", name) or None
 
 
 def file_at(folder: Path, commit: str, path: str) -> bytes | None:
@@ -53,4 +67,20 @@ def file_at(folder: Path, commit: str, path: str) -> bytes | None:
 
 def remotes(folder: Path) -> list[str]:
     """The names of the git remotes, `origin` first."""
-    return sorted(git(folder, "remote").split(), key=lambda name: (name != "origin", name))
+    return sorted(try_git(folder, "remote").split(), key=lambda name: (name != "origin", name))
+
+
+def experiment_ref(baseline: str, name: str) -> str:
+    """Where git keeps an experiment of DVC."""
+    return f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+
+
+def experiments(folder: Path) -> dict[tuple[str, str], str]:
+    """{(baseline, name): commit} of DVC's experiments in this repository."""
+    return experiments_in(try_git(folder, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"))
+
+
+def experiments_in(refs: str) -> dict[tuple[str, str], str]:
+    """The experiments in a list of refs.  DVC's own refs below refs/exps (exec, stash, celery, ...) name no baseline."""
+    found = re.findall(r"^([0-9a-f]+)\s+refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/\s]+)$", refs, re.MULTILINE)
+    return {(start + rest, name): commit for commit, start, rest, name in found}

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rediffuse.tracking.git import GitError, experiment_ref, git_bytes, try_git
 
 # What results hang on besides parameters and data; the pipeline writes nothing there.
 CODE = ("src", "stages", "dvc.yaml")
@@ -36,7 +37,7 @@ class Identity:
 
 def identify(root: Path, params: Mapping[str, Any]) -> Identity:
     """The row of the stage that runs in the checkout `root`, from DVC's environment, git, and the flattened parameters."""
-    commit, diff = git(root, "rev-parse", "HEAD"), code_diff(root)
+    commit, diff = try_git(root, "rev-parse", "HEAD"), code_diff(root)
     baseline, experiment = os.environ.get("DVC_EXP_BASELINE_REV"), os.environ.get("DVC_EXP_NAME")
     if baseline and experiment:
         return identify_experiment(root, baseline, experiment, params, diff)
@@ -53,9 +54,14 @@ def identify_experiment(root: Path, baseline: str, name: str, params: Mapping[st
         "rediffuse.params": digest_of(params),
         "dvc.baseline": baseline,
         "dvc.exp_name": name,
-        "dvc.exp_ref": f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}",
+        "dvc.exp_ref": experiment_ref(baseline, name),
     }
     return Identity(digest_of([baseline, name]), name, _filled(tags), diff)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line of 400 characters at most, without passwords."""
+    return PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))[:400]
 
 
 def digest_of(content: Any) -> str:
@@ -63,56 +69,38 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def git(root: Path, *arguments: str, **environment: str) -> str:
-    """What git prints in that folder, or nothing where there is no git or no commit."""
-    return git_bytes(root, *arguments, **environment).decode(errors="replace").strip()
-
-
-def git_bytes(root: Path, *arguments: str, **environment: str) -> bytes:
-    """What git prints in that folder, as it is, or nothing where there is no git or no commit."""
-    try:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, env=os.environ | environment, capture_output=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""
-
-
 def code_diff(root: Path) -> bytes:
-    """What the code of the checkout, tracked or new, differs from the commit in."""
+    """What the code of the checkout, tracked or new, differs from the commit in; nothing where there is no git or no commit."""
     there = [path for path in CODE if (root / path).exists()]
     with tempfile.TemporaryDirectory() as folder:  # an index of its own: the user's stays as it is
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-        git(root, "read-tree", "HEAD", **index)
-        git(root, "rm", "-r", "-q", "--cached", "--ignore-unmatch", "--", *CODE, **index)
+        try_git(root, "read-tree", "HEAD", variables=index)
+        try_git(root, "rm", "-r", "-q", "--cached", "--ignore-unmatch", "--", *CODE, variables=index)
         if there:
-            git(root, "add", "--", *there, **index)
-        return git_bytes(root, *DIFF, "--cached", "HEAD", "--", *CODE, **index)
+            try_git(root, "add", "--", *there, variables=index)
+        return _diff(root, "--cached", "HEAD", variables=index)
 
 
 def code_diff_between(root: Path, commit: str, later: str) -> bytes:
     """What the code of one commit differs from an earlier one in."""
-    return git_bytes(root, *DIFF, commit, later, "--", *CODE)
+    return _diff(root, commit, later)
 
 
-def experiments(root: Path) -> dict[tuple[str, str], str]:
-    """{(baseline, name): commit} of DVC's experiments.  Its own refs below refs/exps (exec, stash, celery, ...) name no baseline."""
-    found = {}
-    for line in git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
-        if match := re.fullmatch(r"([0-9a-f]+) refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/]+)", line):
-            commit, start, rest, name = match.groups()
-            found[start + rest, name] = commit
-    return found
+def _diff(root: Path, *what: str, variables: Mapping[str, str] | None = None) -> bytes:
+    try:
+        return git_bytes(root, *DIFF, *what, "--", *CODE, timeout=30.0, variables=variables)
+    except GitError:
+        return b""
 
 
 def _origin(root: Path, commit: str, diff: bytes) -> dict[str, str]:
-    branch = git(root, "rev-parse", "--abbrev-ref", "HEAD")
+    branch = try_git(root, "rev-parse", "--abbrev-ref", "HEAD")
     return {
         "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
         "mlflow.source.git.branch": "" if branch == "HEAD" else branch,
-        "mlflow.source.git.repoURL": PASSWORD.sub("//", git(root, "config", "--get", "remote.origin.url")),
+        "mlflow.source.git.repoURL": PASSWORD.sub("//", try_git(root, "config", "--get", "remote.origin.url")),
         "git.dirty": str(bool(diff)).lower(),
     }
 

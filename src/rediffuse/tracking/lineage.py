@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
     from dvc.stage import Stage
 
-
-PREPARED = "data/prepared"
+PIXELS, MODELS, SAMPLES = "data/pixels", "data/models", "data/samples"
 RECIPE = ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock")
 
 
@@ -33,6 +32,7 @@ class Lineage:
     keys: of every stage that is up to date, SHA-256 of its command, its dependencies with their hashes, and its parameters.
     results: the files below metrics/ of these stages.  hashes: DVC's hash of each of their outputs.
     missing: stages with results that are neither in the checkout nor in DVC's cache.
+    why_none: where no stage of a commit is up to date, the first one and what of it differs.
     """
 
     folder: Path
@@ -41,6 +41,7 @@ class Lineage:
     results: dict[str, list[Path]]
     hashes: dict[str, str]
     missing: list[str] = field(default_factory=list)
+    why_none: str = ""
 
     @property
     def state(self) -> str | None:
@@ -60,13 +61,14 @@ def lineage_of_checkout(root: Path, running: str | None = None) -> Lineage:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        current = _up_to_date(repo, running, committed=False)
+        pipeline = _Pipeline(repo, root, running)
+        locked = [out for stage in pipeline.current for out in stage.outs if stage.name != running or not out.status()]
         return Lineage(
             root,
-            sorted(stage.name for stage in repo.index.stages if _in_pipeline(stage)),
-            {stage.name: _key(stage, ended=stage.name != running) for stage in current},
-            {stage.name: _results(stage, root) for stage in current},
-            {out.def_path: out.hash_info.value for stage in current for out in stage.outs if stage.name != running},
+            sorted(stage.name for stage in pipeline.stages),
+            {stage.name: _key(stage, ended=stage.name != running) for stage in pipeline.current},
+            {stage.name: _results(stage, root) for stage in pipeline.current},
+            {out.def_path: out.hash_info.value for out in locked},
         )
 
 
@@ -76,74 +78,81 @@ def lineage_of_commit(root: Path, commit: str, folder: Path) -> Iterator[Lineage
     from dvc.repo import Repo
 
     with Repo(str(root), rev=commit) as repo:
-        current = _up_to_date(repo, None, committed=True)
+        pipeline = _Pipeline(repo, root, committed=True)
         for name in RECIPE:
             if repo.fs.exists(repo.fs.join(repo.root_dir, name)):
                 (folder / name).write_bytes(repo.fs.read_bytes(repo.fs.join(repo.root_dir, name)))
         results, missing = dict[str, list[Path]](), []
-        for stage in current:
-            places = [out.def_path for out in stage.outs if out.def_path.startswith(("metrics/", "data/models/"))]
+        for stage in pipeline.current:
+            places = [out.def_path for out in stage.outs if out.def_path.startswith(("metrics/", f"{MODELS}/"))]
             there = [place for place in places if _fetch(repo, place, folder / place)]
             if len(there) < len(places):
                 missing.append(stage.name)
             results[stage.name] = result_files(folder / place for place in there if place.startswith("metrics/"))
-        for path in ("data/prepared/manifest.json", "data/samples/vae/prior.safetensors"):
+        for path in (f"{PIXELS}/manifest.json", f"{SAMPLES}/vae/prior.safetensors"):
             _fetch(repo, path, folder / path)
         yield Lineage(
             folder,
-            sorted(stage.name for stage in repo.index.stages if _in_pipeline(stage)),
-            {stage.name: _key(stage, ended=True) for stage in current},
+            sorted(stage.name for stage in pipeline.stages),
+            {stage.name: _key(stage, ended=True) for stage in pipeline.current},
             results,
-            {out.def_path: out.hash_info.value for stage in current for out in stage.outs},
+            {out.def_path: out.hash_info.value for stage in pipeline.current for out in stage.outs},
             missing,
+            why_none="" if pipeline.current or not pipeline.stages else pipeline.why_none(),
         )
 
 
-def locked_stages(folder: Path) -> dict[str, dict[str, Any]]:
-    """What dvc.lock in the folder says of every stage; nothing where there is none."""
-    import yaml
+class _Pipeline:
+    """Which stages of a repository are up to date.  A stage counts only if all stages before it do.
 
-    path = folder / "dvc.lock"
-    if not path.is_file():
-        return {}
-    lock = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    return dict(lock.get("stages", {}))
+    root: of the checkout.  running: the stage that ends now, which counts whatever dvc.lock says of it.  committed: the repository is
+    opened at a commit.
+    """
 
+    def __init__(self, repo: Repo, root: Path, running: str | None = None, *, committed: bool = False) -> None:
+        self.repo, self.root, self.running, self.committed = repo, root, running, committed
+        self.stages = [stage for stage in repo.index.stages if _in_pipeline(stage)]
+        self.made = {out.def_path: out for stage in repo.index.stages for out in stage.outs}
+        self._known: dict[Stage, bool] = {}
+        self.current = [stage for stage in self.stages if self._counts(stage)]
 
-def hashes_of(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """{path: DVC's hash} of the `deps` or `outs` of a stage in dvc.lock."""
-    return {entry["path"]: str(entry.get("md5", "")) for entry in entries}
+    def why_none(self) -> str:
+        """The first stage that is not up to date, and what of it is another than in dvc.lock."""
+        stage = next(stage for stage in self.stages if not self._known[stage] and all(map(self._counts, self._before(stage))))
+        return f"stage {stage.name} does not agree with its dvc.lock: {', '.join(map(self._told, self._differing(stage)))}"
 
+    def _counts(self, stage: Stage) -> bool:
+        if stage not in self._known:
+            ends_now = _in_pipeline(stage) and stage.name == self.running
+            before = all(map(self._counts, self._before(stage)))
+            self._known[stage] = before and (ends_now or next(self._differing(stage), None) is None)
+        return self._known[stage]
 
-def locked_hashes(folder: Path) -> dict[str, str]:
-    """DVC's hash of every output that dvc.lock in the folder names; nothing where there is none."""
-    return hashes_of(out for stage in locked_stages(folder).values() for out in stage.get("outs", []))
+    def _before(self, stage: Stage) -> Iterable[Stage]:
+        found: Iterable[Stage] = self.repo.index.graph.successors(stage)  # an edge leads from a stage to one that it depends on
+        return found
 
+    def _differing(self, stage: Stage) -> Iterator[Any]:
+        """The dependencies, parameters and outputs of the stage that are not what dvc.lock says; its command and settings as a text."""
+        if stage.frozen or stage.always_changed or stage.is_callback or stage.changed_stage():
+            yield "its definition"
+        yield from (entry for entry in chain(stage.deps, stage.outs) if not self._agrees(entry))
 
-def _up_to_date(repo: Repo, running: str | None, *, committed: bool) -> list[Stage]:
-    graph = repo.index.graph  # an edge leads from a stage to one that it depends on
-    made = {out.def_path: out for stage in repo.index.stages for out in stage.outs}
-    known: dict[Stage, bool] = {}
-
-    def agrees(entry: Any) -> bool:
-        """Whether a dependency or output is what dvc.lock says."""
-        if committed and entry.def_path in made:  # a commit holds no data: what is in DVC's cache has its hash for a name
-            return bool(entry.hash_info and entry.hash_info == made[entry.def_path].hash_info)
+    def _agrees(self, entry: Any) -> bool:
+        if self.committed and entry.def_path in self.made:  # a commit holds no data: what is in DVC's cache has its hash for a name
+            return bool(entry.hash_info and entry.hash_info == self.made[entry.def_path].hash_info)
         return not entry.status()
 
-    def same(stage: Stage) -> bool:
-        """Whether the stage's command, dependencies, parameters and outputs are those in dvc.lock."""
-        if stage.frozen or stage.always_changed or stage.is_callback or stage.changed_stage():
-            return False
-        return all(agrees(entry) for entry in chain(stage.deps, stage.outs))
-
-    def current(stage: Stage) -> bool:
-        if stage not in known:
-            ends_now = _in_pipeline(stage) and stage.name == running
-            known[stage] = all(current(before) for before in graph.successors(stage)) and (ends_now or same(stage))
-        return known[stage]
-
-    return [stage for stage in repo.index.stages if _in_pipeline(stage) and current(stage)]
+    def _told(self, entry: Any) -> str:
+        """A dependency or output that differs, in words, with the remedy where the commit lacks it."""
+        if isinstance(entry, str):
+            return entry
+        path = str(entry.def_path)
+        if not self.committed or path in self.made or entry.exists:
+            return f"{path} differs"
+        pointers = [f"{place}.dvc" for place in (Path(path), *Path(path).parents)]
+        pointer = next((pointer for pointer in pointers if Path(self.root, pointer).is_file()), path)
+        return f"{path} is in no commit (`git add {pointer}` and commit before `dvc exp run`)"
 
 
 def _in_pipeline(stage: Stage) -> bool:

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import rediffuse
 from rediffuse.inference.card import CARD, COMMIT, ROW, USAGE, model_card
-from rediffuse.inference.settings import KINDS, SAMPLING, Kind, pack_settings, read_config, sampling_settings
+from rediffuse.inference.settings import SAMPLING, pack_settings, sampling_settings
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import KINDS, Kind, read_config
 from rediffuse.sampling.vae import PRIOR
-from rediffuse.tracking.lineage import PREPARED, hashes_of, locked_hashes, locked_stages
+from rediffuse.tracking.lineage import MODELS, PIXELS, SAMPLES
+from rediffuse.tracking.lock import directory_md5, hashes, lock_of, md5_of, output_hashes
 from rediffuse.tracking.store import connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ LIBRARIES = (
     "tqdm",
 )  # what serving imports
 SCRIPT = "served.py"
-NOT_SERVED = ("cli.py", "commands", "evaluation", "export", "figures", "tracking", "__pycache__")  # of the package
+NOT_SERVED = ("cli.py", "commands", "evaluation", "figures", "sources", "tracking", "training", "__pycache__")  # of the package
 MODEL_VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's pages find the versions of a logged model
 
 
@@ -59,12 +61,9 @@ def open_registry() -> tuple[MlflowClient, str]:
 
     Raises UserError outside a checkout, unless MLFLOW_TRACKING_URI names a server, and where there is no store yet.
     """
-    try:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith(("http://", "https://")):
         uri = tracking_uri(repository_root())
-    except FileNotFoundError as error:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if not uri.startswith(("http://", "https://")):
-            raise UserError(f"{error}; change into the checkout of rediffuse, or set MLFLOW_TRACKING_URI to a server") from None
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"there is no MLflow store yet ({uri}): `dvc repro` makes one")  # opening it would make an empty one
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -85,10 +84,10 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]
     lock.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, str] = {}
     with FileLock(lock, timeout=LOCK_SECONDS):  # two experiments that share a model may end at the same time
-        locked = locked_hashes(checkout)
+        locked = output_hashes(lock_of(checkout))
         for kind in KINDS:
-            folder = checkout / "data" / "models" / kind
-            md5 = locked.get(f"data/models/{kind}")
+            folder = checkout / MODELS / kind
+            md5 = locked.get(f"{MODELS}/{kind}")
             if md5 and folder.is_dir() and directory_md5(folder) == md5:
                 files = model_files(kind, folder, sampling_settings(params, kind), checkout)
                 tags = {COMMIT: "mlflow.source.git.commit", "repository": "mlflow.source.git.repoURL"}
@@ -98,24 +97,13 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]
     return found
 
 
-def directory_md5(folder: Path) -> str:
-    """DVC's hash of a folder: the MD5 of a JSON list of its files and their MD5s, and ".dir"."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    entries = [{"md5": _md5((folder / name).read_bytes()), "relpath": name} for name in names]
-    return _md5(json.dumps(entries).encode()) + ".dir"
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
 def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
     """The files that a model is packed as, by their paths: those of its folder, how it is sampled, and a fitted prior."""
     names = [name.strip() for name in read_config(folder).get("class_names", [])]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     files[SAMPLING] = pack_settings(kind, settings, names)
     if settings.get("prior") == "mixture":
-        files[PRIOR] = (checkout / "data" / "samples" / "vae" / PRIOR).read_bytes()
+        files[PRIOR] = (checkout / SAMPLES / "vae" / PRIOR).read_bytes()
     return files
 
 
@@ -124,11 +112,11 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
 
     So neither parameters that were edited since, nor the scores of an earlier model, can get into it.
     """
-    stages = locked_stages(checkout)
-    model, samples, report = f"data/models/{kind}", f"data/samples/{kind}", f"metrics/evaluation/{kind}.json"
+    stages = lock_of(checkout)
+    model, samples, report = f"{MODELS}/{kind}", f"{SAMPLES}/{kind}", f"metrics/evaluation/{kind}.json"
 
-    def hashes(stage: str, what: str) -> dict[str, str]:
-        return hashes_of(stages.get(stage, {}).get(what, []))
+    def locked(stage: str, what: str, path: str) -> str | None:
+        return hashes(stages.get(stage, {}).get(what, [])).get(path)
 
     def read(path: str, agrees: bool) -> Any:
         return json.loads((checkout / path).read_bytes()) if agrees and (checkout / path).is_file() else None
@@ -136,17 +124,18 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
     def params_of(stage: str) -> dict[str, Any]:
         return dict(stages[stage].get("params", {}).get("params.yaml", {}))
 
-    md5, prepared = directory_md5(folder), hashes("train_" + kind, "deps").get(PREPARED)
-    trained = hashes("train_" + kind, "outs").get(model) == md5
-    on_these_data = trained and prepared is not None and hashes("prepare", "outs").get(PREPARED) == prepared
-    drawn = hashes("sample_" + kind, "deps").get(model) == md5
-    seen = hashes("sample_" + kind, "outs").get(samples, "") == hashes("evaluate_" + kind, "deps").get(samples)
-    scores = (checkout / report).is_file() and hashes("evaluate_" + kind, "outs").get(report) == _md5((checkout / report).read_bytes())
+    md5, pixels = directory_md5(folder), locked("train_" + kind, "deps", PIXELS)
+    trained = locked("train_" + kind, "outs", model) == md5
+    on_these_data = trained and pixels is not None and locked("prepare", "outs", PIXELS) == pixels
+    drawn = locked("sample_" + kind, "deps", model) == md5
+    judged = locked("evaluate_" + kind, "deps", samples)
+    seen = judged is not None and locked("sample_" + kind, "outs", samples) == judged
+    scores = locked("evaluate_" + kind, "outs", report) == md5_of(checkout / report)
     return model_card(
         kind,
         config=read_config(folder),
         settings=sampling_settings(load_params(checkout / "params.yaml"), kind),
-        manifest=read(f"{PREPARED}/manifest.json", on_these_data),
+        manifest=read(f"{PIXELS}/manifest.json", on_these_data),
         record=read(report, drawn and seen and scores),
         parameters=(params_of("prepare") if on_these_data else {}) | params_of("train_" + kind) if trained else None,
         origin={"DVC's hash of the model": md5} | origin,
@@ -220,7 +209,7 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
         # MLmodel keeps the places that things were taken from: none of this machine, therefore copies.
         package, artifacts, script = Path(folder, "rediffuse"), Path(folder, "artifacts"), Path(folder, SCRIPT)
         shutil.copytree(Path(rediffuse.__file__).parent, package, ignore=shutil.ignore_patterns(*NOT_SERVED))
-        shutil.copyfile(Path(__file__).with_name(SCRIPT), script)
+        shutil.copyfile(Path(rediffuse.__file__).parent / "inference" / SCRIPT, script)
         artifacts.mkdir()
         for name, content in files.items():
             (artifacts / name).parent.mkdir(exist_ok=True)

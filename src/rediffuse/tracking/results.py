@@ -5,19 +5,21 @@ so that a number has the same name wherever it comes from.
     metrics/train_vae.json                   {"elbo": -240.1}           ->  metric train_vae/elbo
     metrics/evaluation/ddpm.json             the full record behind metrics/ddpm.json: an artifact, no metrics
     metrics/plots/train_ddpm/training.csv    images,loss                ->  curve  ddpm/loss, step = images seen
-    metrics/plots/train_ddpm/images/noising.png                         ->  image  ddpm/noising
-    metrics/plots/sample_vae/walk/3000.png                              ->  image  vae/walk, step 3000
+    metrics/report/ddpm/denoising.png                                   ->  image  ddpm/denoising
+    metrics/report/vae/walk/3000.png                                    ->  image  vae/walk, step 3000
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rediffuse.training.curves import read_curves
+PLACES = (("metrics", "plots"), ("metrics", "report"))
 
 
 def legal(name: str) -> str:
@@ -54,28 +56,32 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 def read_curve_points(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """(images seen, {curve: value}) for each row of a CSV of curves; nothing for one of another kind, such as scores by class."""
-    model = model_of(_below_plots(path)[0])
-    for row in read_curves(path):
-        images = int(row.pop("images"))
-        yield images, {f"{model}/{column}": value for column, value in row.items()}
+    model = model_of(_place(path)[0])
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        for row in table if "images" in (table.fieldnames or ()) else ():
+            images = int(row.pop("images"))
+            yield images, {f"{model}/{column}": float(value) for column, value in row.items() if value}
 
 
 def image_name(path: Path) -> tuple[str, int]:
     """(key, step) of a picture.  A picture whose name is a number is one step of a series named after its folder."""
-    stage, *inner = _below_plots(path)
-    parts = [model_of(stage), *(part for part in inner[:-1] if part != "images")]
+    owner, *inner = _place(path)
+    parts = [model_of(owner), *(part for part in inner[:-1] if part != "images")]
     if path.stem.isdecimal() and len(parts) > 1:
         return "/".join(parts), int(path.stem)
     return "/".join([*parts, path.stem]), 0
 
 
-def model_of(stage: str) -> str:
+def model_of(owner: str) -> str:
     """The model in a stage's name: train_ddpm, sample_ddpm -> ddpm.  Pictures and curves of a model stand together in MLflow."""
-    return stage.partition("_")[2] or stage
+    return owner.partition("_")[2] or owner
 
 
-def _below_plots(path: Path) -> tuple[str, ...]:
+def _place(path: Path) -> tuple[str, ...]:
+    """The parts of the path below metrics/plots or metrics/report: a stage or a model, then what is its own."""
     parts = path.parts
-    if "plots" not in parts[:-2]:
-        raise ValueError(f"{path} must lie in a stage's folder below plots/, from which its name in the row is made")
-    return parts[len(parts) - parts[::-1].index("plots") :]
+    start = max((i for i, pair in enumerate(pairwise(parts)) if pair in PLACES), default=len(parts)) + 2
+    if len(parts) < start + 2:
+        raise ValueError(f"{path} must lie in a folder below metrics/plots or metrics/report, from which its name in the row is made")
+    return parts[start:]

@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from rediffuse.params import Params, flatten
 from rediffuse.tracking.attempts import claim, place_of, stage_tag
-from rediffuse.tracking.identity import PASSWORD, Identity, identify
+from rediffuse.tracking.identity import Identity, identify, one_line
+from rediffuse.tracking.lock import unchanged
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri, warn
-from rediffuse.tracking.writer import RowWriter, shorten
+from rediffuse.tracking.views import update_view
+from rediffuse.tracking.writer import RowWriter
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -43,7 +45,8 @@ def stage_run(stage: str, params: Params, *, complete: bool = False) -> Iterator
     """The row of this experiment, open for the stage (its name in dvc.yaml) while the block runs.
 
     The row says running meanwhile, then finished; failed if the block raises, is interrupted or is terminated (SIGTERM ends
-    the process with status 143).  With `complete`, the results of stages that DVC did not need to run are then added.
+    the process with status 143).  Then the results of stages that DVC did not need to run are added, by the last process that runs:
+    that of the last stage (`complete`), or one whose outputs are those of dvc.lock already, after which DVC runs nothing as a rule.
     """
     run = Run(stage)
     with _terminable():
@@ -58,8 +61,7 @@ def stage_run(stage: str, params: Params, *, complete: bool = False) -> Iterator
             run._end(error)
             raise
         run._end(None)
-        if complete:
-            run._complete()
+        run._complete(complete)
 
 
 def _never_fails(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
@@ -109,24 +111,9 @@ class Run:
         writer.log_curve(images_seen, values)
 
     @_never_fails
-    def log_metrics(self, values: dict[str, float]) -> None:
-        """Final numbers, without a step.  A value that differs from the row's replaces it."""
-        self._open_row().log_metrics(values)
-
-    @_never_fails
     def log_results(self, *places: Path) -> None:
         """What the stage has written under metrics/, files or whole folders; names in the row are made by results.py."""
         self._open_row().log_results(*places)
-
-    @_never_fails
-    def log_image(self, key: str, step: int, image: Path) -> None:
-        """A PNG, shown by MLflow in an image grid: rows side by side for the same key and step."""
-        self._open_row().log_image(key, step, image)
-
-    @_never_fails
-    def log_file(self, path: Path, folder: str) -> None:
-        """A file as an artifact of the row, under the folder."""
-        self._open_row().log_file(path, folder)
 
     @_never_fails
     def _start(self, params: dict[str, Any]) -> None:
@@ -151,8 +138,8 @@ class Run:
             row = RowWriter(client, claim(client, experiment_id(client, uri, root), identity, params, self._stage, place_of(root)))
             row.set_params(params)
             running = {stage_tag(self._stage, "status"): "running", "rediffuse.process": _this_process(root)}
-            if (error := stage_tag(self._stage, "error")) in row.tags:
-                running[error] = ""
+            of_before = (stage_tag(self._stage, "error"), stage_tag(self._stage, "origin_run"))
+            running |= {tag: "" for tag in of_before if tag in row.tags}
             row.set_tags(identity.tags | running)
             row.set_status("RUNNING")
         if identity.code_diff:
@@ -192,18 +179,23 @@ class Run:
         row.set_status("FAILED" if error else "FINISHED")
 
     @_never_fails
-    def _complete(self) -> None:
+    def _complete(self, last: bool) -> None:
+        root = checkout_root()
+        if not (last or unchanged(root, self._stage)):
+            return
         from rediffuse.tracking.lineage import lineage_of_checkout
         from rediffuse.tracking.sync import complete
 
-        complete(self._open_row(), lineage_of_checkout(checkout_root(), running=self._stage))
+        row = self._open_row()
+        complete(row, lineage_of_checkout(root, running=self._stage))
+        update_view(row.client, row.row.info.experiment_id)
 
     def _give_up(self, error: Exception) -> None:
         self._off = True
         if self._system:
             self._system.finish()
-        reason = PASSWORD.sub("//", shorten(" ".join(f"{type(error).__name__}: {error}".split()), 400))
-        warn(f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later): {reason}")
+        off = f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later)"
+        warn(f"{off}: {one_line(error)}")
 
 
 def _this_process(root: Path) -> str:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rediffuse.tracking.views import view_tags
+from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.views import TAG, view_of
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -29,12 +30,12 @@ def repository_root() -> Path:
 
 
 def checkout_root() -> Path:
-    """The nearest folder at or above the working directory that holds .dvc."""
+    """The nearest folder at or above the working directory that holds .dvc.  Raises UserError if there is none."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / ".dvc").is_dir():
             return folder
-    raise FileNotFoundError(f"no .dvc in {here} or above it: not inside a DVC repository")
+    raise UserError(f"no .dvc in {here} or above it: not inside a DVC repository; change into the checkout of rediffuse")
 
 
 def tracking_uri(root: Path) -> str:
@@ -98,19 +99,16 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
     """
     from mlflow.exceptions import MlflowException
 
-    view = view_tags()  # of the page that compares rows
     if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
         local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
         location = (root / ".mlflow" / "artifacts").as_uri() if local else None
         # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
-        tags = view | {"mlflow.experimentKind": "custom_model_development"}
+        tags = {TAG: view_of(), "mlflow.experimentKind": "custom_model_development"}
         try:
             return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
         except MlflowException:  # another checkout, which shares the store and not the lock, may just have made it
             if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
                 raise
-    for tag in view.keys() - found.tags.keys():  # a view that the user has saved over it stays
-        client.set_experiment_tag(found.experiment_id, tag, view[tag])
     return str(found.experiment_id)
 
 

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 from rediffuse.params import flatten, load_params
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.attempts import create, find, latest, place_of, same_params, stage_tag
-from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, experiments, git, identify, identify_experiment
-from rediffuse.tracking.lineage import PREPARED, RECIPE, Lineage, lineage_of_checkout, lineage_of_commit, locked_hashes
+from rediffuse.tracking.git import experiments, git, try_git
+from rediffuse.tracking.identity import PASSWORD, Identity, code_diff_between, identify, identify_experiment, one_line
+from rediffuse.tracking.lineage import MODELS, PIXELS, RECIPE, Lineage, lineage_of_checkout, lineage_of_commit
+from rediffuse.tracking.lock import lock_of, output_hashes
 from rediffuse.tracking.store import checkout_root, connect, experiment_id, import_mlflow, repository_root, row_lock, tracking_uri
+from rediffuse.tracking.views import update_view
 from rediffuse.tracking.writer import RowWriter
 
 if TYPE_CHECKING:
@@ -52,10 +55,7 @@ def sync(*, every: bool = False) -> list[Outcome]:
 
     Raises UserError outside a repository, and if the store cannot be reached or written.
     """
-    try:
-        root, checkout = repository_root(), checkout_root()
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; change into the checkout of rediffuse") from None
+    root, checkout = repository_root(), checkout_root()
     uri = tracking_uri(root)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # nobody's training waits: a model may take its time to a slow server
     import_mlflow()
@@ -64,21 +64,19 @@ def sync(*, every: bool = False) -> list[Outcome]:
             client = connect(uri)
             experiment = experiment_id(client, uri, root)
         store = _Store(client, experiment, root, place_of(root))
-        head = git(checkout, "rev-parse", "HEAD")
+        head = try_git(checkout, "rev-parse", "HEAD")
         outcomes = list(_close_stale(store))
         for (baseline, name), commit in experiments(root).items():
             if every or baseline == head:
                 outcomes.append(_sync_experiment(store, baseline, name, commit))
         outcomes += _sync_checkout(store, checkout)
+        update_view(client, experiment)
         return outcomes
     except UserError:
         raise
     except Exception as error:  # MLflow raises what its database, server or file system raise
-        reason = PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))[:400]
-        where = PASSWORD.sub("//", uri)
-        raise UserError(
-            f"rows in {where} could not be completed ({reason}); nothing is lost: mend it and run `rediffuse sync` again"
-        ) from error
+        rows = f"rows in {PASSWORD.sub('//', uri)} could not be completed ({one_line(error)})"
+        raise UserError(f"{rows}; nothing is lost: mend it and run `rediffuse sync` again") from error
 
 
 def complete(writer: RowWriter, lineage: Lineage) -> None:
@@ -92,7 +90,7 @@ def complete(writer: RowWriter, lineage: Lineage) -> None:
             tags |= {status: "cached"} | _origin(writer, stage, lineage.keys[stage])
         elif writer.tags[status] != "finished":  # it failed or was killed, and was brought to its end without tracking
             tags |= {status: "finished"} | ({error: ""} if error in writer.tags else {})
-    log_recipe(writer, lineage.folder, lineage.hashes.get(PREPARED))
+    log_recipe(writer, lineage.folder, lineage.hashes.get(PIXELS))
     tags |= _log_models(writer, lineage)
     if lineage.state:
         tags["rediffuse.state"] = lineage.state
@@ -100,19 +98,19 @@ def complete(writer: RowWriter, lineage: Lineage) -> None:
     writer.close()
 
 
-def log_recipe(writer: RowWriter, folder: Path, prepared: str | None = None) -> None:
-    """What the results were made from: parameters, stages, hashes, packages, and the data set (by DVC's hash of data/prepared)."""
+def log_recipe(writer: RowWriter, folder: Path, pixels: str | None = None) -> None:
+    """What the results were made from: parameters, stages, hashes, packages, and the data set (by DVC's hash of data/pixels)."""
     for name in RECIPE:
         if (folder / name).is_file():
             writer.log_file(folder / name, "recipe")
-    prepared = prepared or locked_hashes(folder).get(PREPARED)
-    manifest = folder / PREPARED / "manifest.json"
-    if prepared and manifest.is_file():
+    pixels = pixels or output_hashes(lock_of(folder)).get(PIXELS)
+    manifest = folder / PIXELS / "manifest.json"
+    if pixels and manifest.is_file():
         about = json.loads(manifest.read_text())
         tags = writer.tags
-        source = {"path": PREPARED, "md5": prepared, "rev": tags.get("mlflow.source.git.commit", "")}
+        source = {"path": PIXELS, "md5": pixels, "rev": tags.get("mlflow.source.git.commit", "")}
         source |= {"repo": tags["mlflow.source.git.repoURL"]} if "mlflow.source.git.repoURL" in tags else {}
-        writer.log_dataset(str(about.get("set", PREPARED)), prepared, source, about)
+        writer.log_dataset(str(about.get("set", PIXELS)), pixels, source, about)
 
 
 def log_environment(writer: RowWriter, stage: str) -> None:
@@ -128,7 +126,7 @@ def log_environment(writer: RowWriter, stage: str) -> None:
 def _sync_experiment(store: _Store, baseline: str, name: str, commit: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, lineage_of_commit(store.root, commit, Path(folder)) as lineage:
         if not lineage.keys:
-            return Outcome(name, "", "skipped: none of its stages agrees with its dvc.lock")
+            return Outcome(name, "", f"skipped: {lineage.why_none or 'it has no stages'}")
         params = flatten(load_params(Path(folder, "params.yaml")))
         identity = identify_experiment(store.root, baseline, name, params, code_diff_between(store.root, baseline, commit))
         at = 1000 * int(git(store.root, "show", "-s", "--format=%ct", commit))
@@ -232,8 +230,8 @@ def _with_tag(client: MlflowClient, experiment: str, tag: str, value: str, **mor
 
 def _log_models(writer: RowWriter, lineage: Lineage) -> dict[str, str]:
     """Register the trained models of stages that are up to date; returns the tags that name their versions."""
-    there = {path.removeprefix("data/models/") for path in lineage.hashes if path.startswith("data/models/")}
-    if not any((lineage.folder / "data/models" / model).is_dir() for model in there):
+    there = {path.removeprefix(f"{MODELS}/") for path in lineage.hashes if path.startswith(f"{MODELS}/")}
+    if not any((lineage.folder / MODELS / model).is_dir() for model in there):
         return {}
     from rediffuse.tracking.models import log_models
 

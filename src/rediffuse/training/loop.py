@@ -3,7 +3,7 @@
 Everything random in a step is a function of (seed, step), and the order of the images of (seed, epoch), so that a resumed run
 needs no saved generator to go on with the very same numbers.  Durations are counted in images.
 
-Several processes share each batch (processes.py): all draw the random numbers of the whole batch, and each computes the loss of
+Several processes share each batch (runtime/processes.py): all draw the random numbers of the whole batch, and each computes the loss of
 its part, so that what is learnt is the same, up to rounding, whatever their number.  Only dropout has a stream for each process.
 """
 
@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rediffuse.params import Training
 from rediffuse.runtime import processes
 from rediffuse.runtime.device import Compile, Precision, autocast, compile_parts, seed_for, upload
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import Rebuildable
 from rediffuse.training.average import Average
-from rediffuse.training.checkpoint import Checkpoint
+from rediffuse.training.checkpoint import Checkpoint, fingerprint
+from rediffuse.training.curves import Curves, Row
 
 ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
 
-Row = dict[str, float]
 Noise = Mapping[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
-Accepted = TypeVar("Accepted", bound=nn.Module, contravariant=True)
+Labelled = tuple[Tensor, Tensor | None]  # images and their labels, if there are any
+Model = TypeVar("Model", bound=Rebuildable)
+Accepted = TypeVar("Accepted", bound=Rebuildable, contravariant=True)
 
 
 class Step(Protocol[Accepted]):
@@ -54,48 +57,45 @@ class Step(Protocol[Accepted]):
         ...
 
 
-@dataclass
-class Curves:
-    """What training measured: rows of `images` seen and one value a column."""
-
-    training: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
-
-
 class Trainer(Generic[Model]):
     """One run: the model, its average, the optimizer, and how far it has come.
 
-    images: uint8 (N, C, H, W) and labels int64 (N,), on the device to train on.  name: the parameters' group, for messages.
-    validate: measures the averaged model.  log: takes the images seen and what was measured.
+    train, held_out: images (N, C, H, W) and labels int64 (N,) or None, on the device to train on.  name: the parameters' group, for
+    messages.  validate: measures the averaged model on held_out.  log: takes the images seen and what was measured.
+
+    All that the weights and curves depend on is handed in here, so that `fingerprint`, to which a checkpoint belongs, lacks nothing.
     """
 
     def __init__(
         self,
         model: Model,
         step: Step[Model],
-        images: Tensor,
-        labels: Tensor | None,
+        train: Labelled,
+        held_out: Labelled,
         config: Training,
         *,
         name: str,
         seed: int,
         precision: Precision,
         compile: Compile,
-        validate: Callable[[Model], Row],
+        validate: Callable[[Model, Tensor, Tensor | None], Row],
         log: Callable[[int, Row], None],
     ) -> None:
-        self.model = model.to(images.device).to(memory_format=torch.channels_last).train()
-        self.step, self.images, self.labels, self.config = step, images, labels, config
+        (self.images, self.labels), self.held_out, self.config = train, held_out, config
+        self.model = model.to(self.images.device).to(memory_format=torch.channels_last).train()
+        settings = (name, model.config, type(step).__name__, vars(step), config, seed, precision, compile)
+        data = [tensor for tensor in (*train, *held_out) if tensor is not None]
+        self.fingerprint = fingerprint(settings, [*self.model.state_dict().values(), *data])
+        self.step, self.loss = step, _shared(_Loss(self.model, step))
         self.mine = processes.share_of_batch(config.batch, f"{name}.training.batch")
-        self.gradients = processes.Gradients(self.model.parameters())
         self.name, self.seed, self.precision = name, seed, precision
         self.validate, self.log = validate, log
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
-        compile_parts(self.model, images.device, compile)
+        compile_parts(self.model, self.images.device, compile)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.order = _Order(len(images), seed)
+        self.order = _Order(len(self.images), seed)
         self.stream = (processes.rank(),) if processes.world_size() > 1 else ()
         self.done = 0
         self.curves, self.sums = Curves(), dict[str, Tensor]()
@@ -135,10 +135,9 @@ class Trainer(Generic[Model]):
         noise = self.step.draw(self.model, (config.batch, *self.images.shape[1:]), generator)
         noise = {key: upload(numbers[self.mine], self.images.device) for key, numbers in noise.items()}
         with autocast(self.images.device, self.precision):
-            loss, measures = self.step(self.model, self.images[batch], labels, noise, seen)
+            loss, measures = self.loss(self.images[batch], labels, noise, seen)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.gradients.average()
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         self.rate.step()
@@ -164,10 +163,7 @@ class Trainer(Generic[Model]):
         seen = self.done * self.config.batch
         means = {key: (total / count) for key, (total, count) in ((k, s.tolist()) for k, s in self._totals().items()) if count}
         if not all(map(math.isfinite, means.values())):
-            raise UserError(
-                f"{self.name}: the loss is not finite after {seen} images ({means}): lower {self.name}.training.lr ({self.config.lr})"
-                f" or {self.name}.training.clip_norm ({self.config.clip_norm}), or set precision to float32"
-            )
+            raise self._not_finite(f"the loss is not finite ({means})")
         self.curves.training.append({"images": seen, **means})
         self.sums = {}
         self.log(seen, means)
@@ -175,7 +171,7 @@ class Trainer(Generic[Model]):
 
     def _validate(self) -> None:
         seen = self.done * self.config.batch
-        measures = self.validate(self.average.model.eval())
+        measures = self.validate(self.average.model.eval(), *self.held_out)
         self.curves.validation.append({"images": seen, **measures})
         self.log(seen, measures)
 
@@ -187,6 +183,10 @@ class Trainer(Generic[Model]):
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._take_sums(self._totals())
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        weights = [*self.model.state_dict().values(), *self.average.model.state_dict().values(), *moments]
+        if not torch.stack([tensor.isfinite().all().to(self.images.device) for tensor in weights]).all():
+            raise self._not_finite("weights are not finite")  # a checkpoint of them would fail every restart
         if not processes.is_main():
             return
         state = {key: part.state_dict() for key, part in self._parts().items()}
@@ -210,12 +210,40 @@ class Trainer(Generic[Model]):
         self._take_sums({key: measure.to(self.images.device) for key, measure in state["sums"].items()})
         self.curves = Curves(state["training"], state["validation"])
 
+    def _not_finite(self, what: str) -> UserError:
+        name, config = self.name, self.config
+        return UserError(
+            f"{name}: {what} after {self.done * config.batch} images: lower {name}.training.lr ({config.lr}) or"
+            f" {name}.training.clip_norm ({config.clip_norm}), or set precision to float32"
+        )
+
     def _take_sums(self, totals: dict[str, Tensor]) -> None:
         """Go on from the sums of all processes: the first has them, the others add to zeros."""
         self.sums = totals if processes.is_main() else {key: torch.zeros_like(measure) for key, measure in totals.items()}
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
         return {"model": self.model, "average": self.average.model, "optimizer": self.optimizer, "rate": self.rate}
+
+
+class _Loss(nn.Module):
+    """A step as a module, whose forward DistributedDataParallel can watch."""
+
+    def __init__(self, model: nn.Module, step: Step[Any]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, images: Tensor, labels: Tensor | None, noise: Noise, seen: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.step(self.model, images, labels, noise, seen)
+
+
+def _shared(loss: nn.Module) -> nn.Module:
+    """The loss, of which backward leaves the mean gradient over all processes, if there are several."""
+    if processes.world_size() == 1:
+        return loss
+    # With find_unused_parameters the buckets of gradients are never laid out anew after the first step, which would make a resumed
+    # run of three processes round its sums differently from one that was never interrupted.
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def _arithmetic() -> dict[str, int]:

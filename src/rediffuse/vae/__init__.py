@@ -1,1 +1,4 @@
-"""The variational autoencoder: model, objective, prior.  Knows nothing of DVC, MLflow or files."""
+"""The variational autoencoder: model, objective, prior, training step, and its latents as a space for a DDPM.
+
+Must not know params.yaml, DVC or MLflow.
+"""

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rediffuse.images.pixels import from_unit, to_unit
+from rediffuse.images.image_set import ImageSet
+from rediffuse.images.pixels import from_unit, on_device, to_unit
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import write_json
-from rediffuse.runtime.weights import load_model
+from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.vae.model import VAE
-from rediffuse.vae.prior import posterior_means
+from rediffuse.vae.prior import CHUNK, posterior_means
 
-VAE_FOLDER = "vae"  # in the folder of a DDPM that works in latents
+VAE_FOLDER = "vae"  # beside latents, and beside the weights of a DDPM that works in them
 STATISTICS = "latents.json"
-MODEL = "model.safetensors", "config.json"
 
 
 class Latents:
@@ -30,7 +30,7 @@ class Latents:
 
     def __init__(self, vae: VAE, mean: list[float], std: list[float]) -> None:
         self.vae = vae
-        self.shape = (vae.shape[0], vae.shape[1], vae.shape[2])  # of the images
+        self.shape = vae.shape  # of the images
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -44,12 +44,11 @@ class Latents:
         return from_unit(self.vae.decode(z.flatten(1)))
 
 
-def measure_latents(model: Path, images: Tensor, target: Path, device: torch.device) -> Latents:
-    """The space of the VAE in the folder `model`, measured on training images, uint8 (N, C, H, W); written to `target`, VAE and all.
+def measure_latents(vae: VAE, images: Tensor) -> Latents:
+    """The space of a VAE, measured on training images, uint8 (N, C, H, W).
 
     Raises UserError if its latent is not spatial, or a channel is the same for all images.
     """
-    vae = load_model(VAE, model, device)
     if vae.latent_shape[1:] == (1, 1):
         raise UserError(
             "ddpm.space is latents, for which the VAE must have a spatial latent: set vae.latent_channels, for example to 4 (params.yaml)"
@@ -61,18 +60,40 @@ def measure_latents(model: Path, images: Tensor, target: Path, device: torch.dev
             f"the VAE uses only {len(std) - len(dead)} of its {len(std)} latent channels: lower vae.latent_channels or vae.beta"
             " (params.yaml)"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    for name in MODEL:
-        shutil.copy(model / name, target / name)
-    write_json(target / STATISTICS, {"mean": mean, "std": std})
     return Latents(vae, mean, std)
 
 
-def open_latents(folder: Path, device: torch.device) -> Latents:
-    """What `measure_latents` has written.  Raises UserError if it is missing or damaged."""
+def save_latents(latents: Latents, folder: Path) -> None:
+    """Keep the space in the folder of a model or of latents, VAE and all."""
+    save_model(latents.vae, folder / VAE_FOLDER)
+    write_json(folder / VAE_FOLDER / STATISTICS, {"mean": latents.mean.flatten().tolist(), "std": latents.std.flatten().tolist()})
+
+
+def encode_set(latents: Latents, images: ImageSet) -> ImageSet:
+    """The images in the space, float32 (N, c, h, w), with their labels."""
+    with torch.no_grad():
+        parts = torch.split(on_device(images)[0], CHUNK)
+        encoded = torch.cat([latents.encode(part).cpu() for part in parts]).numpy()
+    return ImageSet(encoded, images.labels, images.classes)
+
+
+def copy_latents(source: Path, target: Path) -> None:
+    """Give the folder `target` the space that `source` has, if it has one."""
+    if has_latents(source):
+        shutil.copytree(source / VAE_FOLDER, target / VAE_FOLDER, dirs_exist_ok=True)
+
+
+def has_latents(folder: Path) -> bool:
+    """Whether `save_latents` has kept a space in the folder."""
+    return (folder / VAE_FOLDER).is_dir()
+
+
+def load_latents(folder: Path, device: torch.device) -> Latents:
+    """What `save_latents` has kept in the folder.  Raises UserError if it is missing or damaged."""
+    path = folder / VAE_FOLDER / STATISTICS
     try:
-        statistics = json.loads((folder / STATISTICS).read_text())
+        statistics = json.loads(path.read_text())
         mean, std = statistics["mean"], statistics["std"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / STATISTICS} cannot be read ({error!r}): `dvc repro encode` makes it again") from None
-    return Latents(load_model(VAE, folder, device), mean, std)
+        raise UserError(f"{path} cannot be read ({error!r}): `dvc repro encode` makes it again") from None
+    return Latents(load_model(VAE, folder / VAE_FOLDER, device), mean, std)

@@ -11,18 +11,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from rediffuse.runtime.kinds import Kind
+from rediffuse.runtime.weights import Rebuildable
+
 LOG_VARIANCE_RANGE = (-20.0, 10.0)  # keeps exp() finite when a young encoder overshoots
 MIN_SIGMA = 1 / 510  # half a grey level: below it a density on 8-bit pixels rewards nothing real
 
 
-class VAE(nn.Module):
-    """A VAE for images of one shape.
+class Architecture(TypedDict):
+    """The arguments of a VAE beside the images' shape and classes."""
+
+    latent_dim: int
+    latent_channels: int
+    channels: list[int]
+    hidden: int
+    likelihood: Literal["bernoulli", "gaussian"]
+
+
+class VAE(Rebuildable):
+    """A VAE for images of one shape.  `config` has the arguments that rebuild it.
 
     shape: (C, H, W).  channels: feature maps after each halving.  hidden: width of the dense layers.  latent_channels: above 0 the latent
     is spatial, of so many dimensions at each position, and latent_dim and hidden are ignored; `latent_dim` counts all of them then.
@@ -31,22 +44,17 @@ class VAE(nn.Module):
     Pixels are in [0, 1]; latents z are (B, latent_dim); labels, int64 (B,), are needed by a conditional VAE and ignored by another.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        latent_dim: int,
-        channels: list[int],
-        hidden: int,
-        likelihood: Literal["bernoulli", "gaussian"],
-        latent_channels: int = 0,
-        class_names: Sequence[str] = (),
-    ) -> None:
+    kind: ClassVar[Kind] = "vae"
+
+    def __init__(self, shape: Sequence[int], *, class_names: Sequence[str] = (), **architecture: Unpack[Architecture]) -> None:
         super().__init__()
+        self.config = {"shape": list(shape), **architecture, "class_names": list(class_names)}
+        latent_dim, latent_channels = architecture["latent_dim"], architecture["latent_channels"]
+        channels, hidden = architecture["channels"], architecture["hidden"]
         sizes = _halvings(shape, len(channels))
         features = (channels[-1], *sizes[-1])
         flat = features[0] * features[1] * features[2]
-        self.shape, self.likelihood = shape, likelihood
+        self.shape, self.likelihood = (shape[0], shape[1], shape[2]), architecture["likelihood"]
         self.class_names, self.classes = tuple(class_names), len(class_names)
         self.latent_shape = (latent_channels, *sizes[-1]) if latent_channels else (latent_dim, 1, 1)
         self.latent_dim = math.prod(self.latent_shape)
@@ -54,23 +62,23 @@ class VAE(nn.Module):
         width = channels[-1] if latent_channels else hidden
         if latent_channels:
             last = nn.Conv2d(channels[-1], channels[-1], 3, padding=1)
-            self.encoder = Given(*down, last, nn.ReLU(), classes=self.classes, width=width)
+            self.encoder = LabelSequential(*down, last, nn.ReLU(), classes=self.classes, width=width)
             self.mean: nn.Module = nn.Conv2d(channels[-1], latent_channels, 1)
             self.log_variance: nn.Module = nn.Conv2d(channels[-1], latent_channels, 1)
             first = [nn.Unflatten(1, self.latent_shape), nn.Conv2d(latent_channels, channels[-1], 3, padding=1), nn.ReLU()]
         else:
-            self.encoder = Given(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), classes=self.classes, width=width)
+            self.encoder = LabelSequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), classes=self.classes, width=width)
             self.mean, self.log_variance = nn.Linear(hidden, latent_dim), nn.Linear(hidden, latent_dim)
             first = [nn.Linear(latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, flat), nn.ReLU(), nn.Unflatten(1, features)]
         outputs = [*channels[-2::-1], channels[0]]
-        self.decoder = Given(
+        self.decoder = LabelSequential(
             *first,
             *(_up(a, b, size) for a, b, size in zip(channels[::-1], outputs, sizes[-2::-1], strict=True)),
             nn.Conv2d(channels[0], shape[0], 3, padding=1),
             classes=self.classes,
             width=width,
         )
-        self.log_sigma = nn.Parameter(torch.zeros(()), requires_grad=likelihood == "gaussian")
+        self.log_sigma = nn.Parameter(torch.zeros(()), requires_grad=self.likelihood == "gaussian")
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each (B, latent_dim), float32, of pixels x (B, C, H, W) in [0, 1]."""
@@ -92,7 +100,7 @@ class VAE(nn.Module):
         return self.log_sigma.exp().clamp_min(MIN_SIGMA)
 
 
-class Given(nn.Sequential):
+class LabelSequential(nn.Sequential):
     """Layers one after the other, of which the one before the first ReLU at this level sees the one-hot label y beside its input h.
 
     W [h, y] is W_h h + W_y y, and W_y y a column of W_y: the label's own bias of `width` features, in a convolution the same at each
@@ -122,7 +130,7 @@ def reparameterise(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
     return mean + (0.5 * log_variance).exp() * eps
 
 
-def _halvings(shape: tuple[int, int, int], times: int) -> list[tuple[int, int]]:
+def _halvings(shape: Sequence[int], times: int) -> list[tuple[int, int]]:
     """Height and width before and after each halving (rounded up)."""
     sizes = [(shape[1], shape[2])]
     for _ in range(times):

@@ -1,17 +1,17 @@
-"""The VAE as a task for the trainer: model, training step and measures, made from the parameters."""
+"""The VAE as a task for the trainer: the training step, and what is measured in validation and at the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rediffuse.images.pixels import to_unit
-from rediffuse.params import VAE as VAEParams  # noqa: N811  (ruff takes VAE for a constant)
-from rediffuse.runtime.processes import dealt, mean_of_processes, total
+from rediffuse.runtime.processes import mean_of_processes, my_share, total
 from rediffuse.vae.model import VAE
 from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
 from rediffuse.vae.prior import CHUNK, in_chunks, posterior_means
@@ -21,18 +21,16 @@ Split = tuple[Tensor, Tensor | None]  # images and their labels, if there are an
 IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # of the importance-weighted bound: K, and the images it is taken on
 
 
-def vae_config(params: VAEParams, shape: tuple[int, int, int], class_names: Sequence[str] = ()) -> dict[str, Any]:
-    """The arguments of the VAE for images (C, H, W) with these classes; an unconditional one knows none."""
-    names = {"class_names": list(class_names)} if params.conditional and class_names else {}
-    architecture = {"latent_dim", "latent_channels", "channels", "hidden", "likelihood"}
-    return {"shape": list(shape)} | params.model_dump(include=architecture) | names
-
-
+@dataclass(frozen=True)
 class VAEStep:
-    """The loss of one batch: reconstruction + weighted KL, in nats per image; logs both terms and the ELBO with weight 1."""
+    """The loss of one batch: reconstruction + weighted KL, in nats per image; logs both terms and the ELBO with weight 1.
 
-    def __init__(self, params: VAEParams) -> None:
-        self.params = params
+    beta, kl_warmup, free_bits: see `kl_weight` and `training_loss`.
+    """
+
+    beta: float
+    kl_warmup: int
+    free_bits: float
 
     def draw(self, model: VAE, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
         return {"eps": torch.randn(shape[0], model.latent_dim, generator=generator)}
@@ -41,10 +39,10 @@ class VAEStep:
         self, model: VAE, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         terms = elbo(model, to_unit(images), noise["eps"].to(images.device), labels)
-        weight = kl_weight(seen, beta=self.params.beta, warmup=self.params.kl_warmup)
+        weight = kl_weight(seen, beta=self.beta, warmup=self.kl_warmup)
         # Without free bits there is nothing to agree on: a KL is below 0 by rounding at most.
-        mean_of_all = mean_of_processes if self.params.free_bits else lambda kl: kl
-        loss = training_loss(terms, kl_weight=weight, free_bits=self.params.free_bits, mean_of_all=mean_of_all)
+        mean_of_all = mean_of_processes if self.free_bits else lambda kl: kl
+        loss = training_loss(terms, kl_weight=weight, free_bits=self.free_bits, mean_of_all=mean_of_all)
         measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
         count = loss.new_full((), len(images))
         return loss, {name: torch.stack([value.detach().sum(), count]) for name, value in measures.items()}
@@ -62,7 +60,7 @@ def measure(vae: VAE, images: Tensor, labels: Tensor | None = None, *, seed: int
     chunks = in_chunks(images, labels)
     for i, (x, y) in enumerate(chunks):
         eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
-        if i in dealt(len(chunks)):
+        if i in my_share(len(chunks)):
             rows = slice(i * CHUNK, i * CHUNK + len(x))
             reconstruction[rows], kl[rows] = elbo(vae, to_unit(x), eps, y)
     nats = total(reconstruction).double().mean().item(), total(kl).double().sum(1).mean().item()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rediffuse.figures.grid import WHITE, Picture, annotate, strip
+from rediffuse.images.files import save_png
+from rediffuse.images.image_set import ImageSet
 
-Integers = NDArray[np.int64]
+Record = Mapping[str, Any]
 
 CELL = 84  # pixels, at least, of an enlarged image: room for the ratio below it
 GAP = 24  # between two blocks
@@ -27,15 +31,23 @@ class Neighbours:
     ratio: NDArray[np.float64]
 
     @classmethod
-    def of(cls, images: Picture, train: Picture, index: Integers, ratio: NDArray[np.float64], rows: Integers) -> Neighbours:
-        """Those of the images at these rows; index: (N, 2), of the two nearest training images of each image; ratio: (N,)."""
-        first, second = index[rows].T
-        return cls(images[rows], train[first], train[second], ratio[rows])
+    def of(cls, closest: Sequence[Mapping[str, Any]], images: Picture, train: Picture) -> Neighbours:
+        """Those that a record names as `closest`: rows of the images and of their two nearest training images, and the ratios."""
+        rows, ratio = [each["index"] for each in closest], np.array([each["ratio"] for each in closest])
+        first, second = np.array([each["nearest"] for each in closest]).T
+        return cls(images[rows], train[first], train[second], ratio)
 
     def __post_init__(self) -> None:
         shapes = {self.images.shape, self.nearest.shape, self.second.shape}
         if len(shapes) > 1 or len(self.ratio) != len(self.images) or not len(self.ratio):
             raise ValueError(f"need as many neighbours and ratios as images, at least one, got {shapes} and {self.ratio.shape}")
+
+
+def draw_neighbours(record: Record, reference: Record, samples: Picture, train: ImageSet, test: ImageSet, folder: Path) -> None:
+    """Write neighbours.png: of the samples and, as calibration, of real test images those that look most like copies."""
+    generated = Neighbours.of(record["closest"], samples, train.images)
+    real = Neighbours.of(reference["closest"], test.images, train.images)
+    save_png(pairs({"generated": generated, "real, unseen": real}), folder / "neighbours.png")
 
 
 def pairs(blocks: Mapping[str, Neighbours], pad: int = 2) -> Picture:

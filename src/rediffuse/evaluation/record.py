@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from rediffuse.images.sample_sets import Samples
 from rediffuse.params import Evaluate
 from rediffuse.runtime.errors import UserError
 
+SHOWN = 10  # images that look most like copies, in the record
+FEATURES, NEIGHBOURS = "features.safetensors", "test-neighbours.safetensors"  # of real images, in the folder of the stage reference
 CEILING = "noise"  # the row of the reference that a position of 1 stands for; 0 is real training images
 
 Record = dict[str, Any]
@@ -156,7 +160,11 @@ def predicted_classes(views: Sequence[View]) -> tuple[Tensor, Tensor] | None:
 
 def distances_by_class(views: Sequence[View], classes: Tensor, real_classes: Tensor, names: Sequence[str]) -> Record:
     """{instrument's id: {class: its distance, see `class_distances`}}, of the images of all sets together."""
-    return {v.instrument.id: class_distances(pooled(v.sets), classes, v.real, real_classes, names) for v in views}
+    found = {}
+    for view in views:
+        of_class = class_distances(pooled(view.sets), classes, view.real, real_classes, names)
+        found[view.instrument.id] = {name: named(view.instrument, values) for name, values in of_class.items()}
+    return found
 
 
 def pooled(sets: Sequence[Features]) -> Features:
@@ -186,7 +194,7 @@ def headline(n: int, scores: Mapping[str, Mapping[str, Record]], copies: float, 
     return result | {"copies": copies} | {name: value["mean"] for name, value in more.items() if value}
 
 
-def published(*splits: ImageSet) -> ImageSet:
+def together(*splits: ImageSet) -> ImageSet:
     """Splits put together again.  Instruments are made from all training images, so that holding some out makes no other ruler."""
     first = splits[0]
     labels = None if first.labels is None else np.concatenate([split.labels for split in splits if split.labels is not None])
@@ -197,3 +205,18 @@ def named(instrument: Instrument, scores: Record) -> Record:
     """The scores with Fréchet distances called as the instrument calls them."""
     names = {"fd": instrument.distance, "fd_inf": f"{instrument.distance}_inf"}
     return {names.get(name, name): value for name, value in scores.items()}
+
+
+def load_record(path: Path) -> Record:
+    """A record that a stage wrote.  Raises UserError if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: make it with `dvc repro {path.stem}`")
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+def class_table(record: Record) -> list[tuple[str, float, int]]:
+    """(class, distance, images) by the first instrument, for `dvc plots`; nothing without it or without classes."""
+    first: Record = next(iter(record["instruments"].values()), {})
+    classes: Record = next((part for name, part in first.get("classes", {}).items() if name != "by"), {})
+    return [(name, row[key], row["n"]) for name, row in classes.items() for key in ("fd", "fid") if key in row]

@@ -1,0 +1,66 @@
+"""dvc.lock: what each stage was run with, and DVC's hashes of what it read and wrote.  Read without importing DVC."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rediffuse.runtime.errors import UserError
+
+Entries = dict[str, dict[str, Any]]  # what a dvc.lock says of each stage
+
+
+def read_lock(content: bytes | None, name: str = "dvc.lock") -> Entries:
+    """The stages of a dvc.lock; one that is missing has none.  Raises UserError for one that is damaged."""
+    import yaml
+
+    try:
+        lock = yaml.load(content or b"", Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        return {stage: dict(entry) for stage, entry in lock.get("stages", {}).items()}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is damaged ({' '.join(str(error).split())}): take it from a backup, or run the experiment again") from None
+
+
+def lock_of(folder: Path) -> Entries:
+    """The stages of the dvc.lock in the folder."""
+    path = folder / "dvc.lock"
+    return read_lock(path.read_bytes() if path.is_file() else None, str(path))
+
+
+def hashes(entries: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
+    """{path: DVC's hash} of the `deps` or `outs` of a stage; None where dvc.lock says none."""
+    return {entry["path"]: entry.get(entry.get("hash", "md5")) for entry in entries}
+
+
+def output_hashes(lock: Entries) -> dict[str, str | None]:
+    """DVC's hash of every output of every stage."""
+    return hashes(out for stage in lock.values() for out in stage.get("outs", ()))
+
+
+def unchanged(folder: Path, stage: str) -> bool:
+    """Whether the outputs of the stage, in the folder, are those that dvc.lock has for it already."""
+    outs = lock_of(folder).get(stage, {}).get("outs", [])
+    smallest_first = sorted(outs, key=lambda out: int(out.get("size", 0)))  # metrics differ as a rule, and are soon read
+    return bool(outs) and all(md5_of(folder / path) == md5 for path, md5 in hashes(smallest_first).items())
+
+
+def md5_of(path: Path) -> str:
+    """DVC's hash of a file or folder; nothing if it is not there."""
+    if path.is_dir():
+        return directory_md5(path)
+    return _file_md5(path) if path.is_file() else ""
+
+
+def directory_md5(folder: Path) -> str:
+    """DVC's hash of a folder: the MD5 of a JSON list of its files and their MD5s, and ".dir"."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    entries = [{"md5": _file_md5(folder / name), "relpath": name} for name in names]
+    return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

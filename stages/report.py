@@ -1,0 +1,51 @@
+"""Make every picture from the models, the samples and the records.  Run by `dvc repro`; see dvc.yaml."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.figures.ddpm import draw_denoising, draw_noising
+from rediffuse.figures.neighbours import draw_neighbours
+from rediffuse.figures.samples import draw_samples
+from rediffuse.figures.scores import draw_scores
+from rediffuse.figures.vae import draw_vae
+from rediffuse.images.image_set import load_images
+from rediffuse.images.pixels import on_device
+from rediffuse.images.sample_sets import load_sets
+from rediffuse.params import load_params
+from rediffuse.runtime.device import device, make_deterministic
+from rediffuse.runtime.kinds import KINDS
+from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.space import load_space
+from rediffuse.tracking.row import stage_run
+from rediffuse.vae.model import VAE
+from stages import run_stage
+
+IMAGES, MODELS, SAMPLES = Path("data/pixels"), Path("data/models"), Path("data/samples")
+RECORDS, REPORT = Path("metrics/evaluation"), Path("metrics/report")
+
+
+@torch.inference_mode()
+def main() -> None:
+    params = load_params()
+    make_deterministic()
+    with stage_run("report", params, complete=True) as run:
+        train, validation, test = (load_images(IMAGES, split) for split in ("train", "validation", "test"))
+        records = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in ("reference", *KINDS)}
+        for model in KINDS:
+            folder, samples = REPORT / model, load_sets(SAMPLES / model, test.shape, len(test.classes))
+            draw_samples(samples.sets[0], test.classes, folder)
+            draw_scores(records[model], records["reference"], folder)
+            draw_neighbours(records[model], records["reference"], samples.images, train, test, folder)
+        draw_vae(load_model(VAE, MODELS / "vae", device()), test, REPORT / "vae")
+        denoiser = load_model(Denoiser, MODELS / "ddpm", device())
+        space = load_space(MODELS / "ddpm", denoiser.shape, device())
+        draw_noising(denoiser.schedule, space, on_device(validation)[0], seed=params.seed, folder=REPORT / "ddpm")
+        draw_denoising(denoiser, space, records["ddpm"]["sampling"], params.precision, REPORT / "ddpm")
+        run.log_results(REPORT)
+
+
+if __name__ == "__main__":
+    run_stage(main)
