@@ -36,10 +36,12 @@ IMPORTS = (
     "stages.prepare",
     "stages.reference",
     "stages.train_vae",
+    "stages.encode",
     "stages.train_ddpm",
     "stages.sample_vae",
     "stages.sample_ddpm",
     "stages.evaluate",
+    "stages.report",
 )
 HEAVY = "torch", "torch._dynamo", "torchvision", "torch_fidelity", "mlflow", "matplotlib", "sklearn", "pandas"
 OPTIMIZER = "import torch; torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)"

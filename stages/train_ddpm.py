@@ -12,14 +12,13 @@ from rediffuse.images.image_set import load_images
 from rediffuse.images.pixels import on_device
 from rediffuse.params import DDPM, load_params
 from rediffuse.runtime.device import autocast, device, make_deterministic
-from rediffuse.runtime.files import write_json
+from rediffuse.runtime.files import copy_folder, write_json
 from rediffuse.runtime.processes import is_main, process_group
 from rediffuse.runtime.weights import save_model
 from rediffuse.tracking.row import stage_run
 from rediffuse.training.checkpoint import resumable
 from rediffuse.training.curves import write_curves
 from rediffuse.training.loop import Trainer
-from rediffuse.vae.latents import copy_latents
 from stages import checkpoint_folder, run_stage
 
 MODEL, METRICS, PLOTS = Path("data/models/ddpm"), Path("metrics/train_ddpm.json"), Path("metrics/plots/train_ddpm")
@@ -61,7 +60,7 @@ def main() -> None:
             if not is_main():
                 return
             save_model(denoiser, MODEL)
-            copy_latents(folder, MODEL)  # so that the model draws images by itself
+            copy_folder(folder / "vae", MODEL / "vae")  # beside latents: so that the model draws images by itself
             parameters = sum(parameter.numel() for parameter in denoiser.parameters())
             last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
             write_json(METRICS, {"validation": {"eps_mse": last}, "parameters": parameters})

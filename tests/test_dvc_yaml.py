@@ -126,3 +126,5 @@ def test_the_run_cache_can_serve_a_stage(name: str) -> None:
     for entry in [*stage.deps, *stage.outs]:
         assert entry.protocol == "local" and entry.def_path and not Path(entry.def_path).is_absolute()
     assert all(out.is_in_repo and not out.persist and (out.use_cache or out.metric or out.plot) for out in stage.outs)
+    assert all(out.def_path.startswith("metrics/" if out.metric or out.plot else "data/") for out in stage.outs)
+    assert all(out.use_cache == (Path(out.def_path).suffix not in (".json", ".csv")) for out in stage.outs)

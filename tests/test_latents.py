@@ -15,10 +15,11 @@ import rediffuse
 from rediffuse.images.image_set import ImageSet, load_images, save_images
 from rediffuse.images.pixels import to_unit
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import copy_folder
 from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.sampling.space import Pixels, load_space
 from rediffuse.training.checkpoint import Checkpoint
-from rediffuse.vae.latents import copy_latents, encode_set, has_latents, load_latents, measure_latents, save_latents
+from rediffuse.vae.latents import VAE_FOLDER, encode_set, has_latents, load_latents, measure_latents, save_latents
 from rediffuse.vae.model import VAE
 from stages import encode, sample_ddpm, train_ddpm
 
@@ -64,9 +65,9 @@ def test_a_saved_space_holds_the_vae_itself_and_can_be_copied(vae: VAE, tmp_path
     space = measure_latents(vae, images(400))
     assert not has_latents(tmp_path / "space")
     save_latents(space, tmp_path / "space")
-    copy_latents(tmp_path / "space", tmp_path / "copy")
+    copy_folder(tmp_path / "space" / VAE_FOLDER, tmp_path / "copy" / VAE_FOLDER)
     shutil.rmtree(tmp_path / "space")
-    copy_latents(tmp_path / "space", tmp_path / "pixels")  # from where there is none
+    copy_folder(tmp_path / "space" / VAE_FOLDER, tmp_path / "pixels" / VAE_FOLDER)  # from where there is none
     assert has_latents(tmp_path / "copy") and not has_latents(tmp_path / "pixels")
     loaded = load_latents(tmp_path / "copy", CPU)
     assert torch.equal(loaded.mean, space.mean) and torch.equal(loaded.std, space.std) and loaded.shape == SHAPE
@@ -200,10 +201,10 @@ def test_an_interrupted_training_goes_on_with_its_own_latents_alone(
     other = VAE(**CONFIG)
     save_model(other, checkout / "data/models/vae")
     encode.main()
-    interrupt_training(monkeypatch)  # from the beginning: had it gone on, it would have saved no sooner than at its end
+    interrupt_training(monkeypatch)  # from the beginning, with a checkpoint of its own
     assert len(checkpoints(checkout)) == 2 and first in checkpoints(checkout)
     capsys.readouterr()
-    train_ddpm.main()  # and with the latents as they were, it does go on
+    train_ddpm.main()  # and with the same latents again it goes on
     assert "640/1280" in capsys.readouterr().err.split("\r")[1]
     assert checkpoints(checkout) == [first]
 

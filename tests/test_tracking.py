@@ -250,7 +250,8 @@ def test_nothing_is_left_in_the_working_directory(repository: Path, params: Para
     assert git(repository, "status", "--porcelain") == ""
     assert {path.name for path in repository.iterdir()} == {".dvc", ".git", ".gitignore", ".mlflow", "params.yaml"}
     logged = client(repository).list_artifacts(only_row(repository).info.run_id, "recipe")
-    assert [item.path for item in logged] == ["recipe/environment", "recipe/files.json", "recipe/params.yaml"]
+    described = {"recipe/environment"}  # where the process has imported torch
+    assert {item.path for item in logged} - described == {"recipe/files.json", "recipe/params.yaml"}
 
 
 # What is logged, and that logging it again changes nothing

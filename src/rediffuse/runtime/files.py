@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,9 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[A
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     replace_file(path, text.getvalue().encode())
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Give `target` the files of the folder `source`, if there is one."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)

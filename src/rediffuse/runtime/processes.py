@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from rediffuse.runtime.errors import UserError
 
@@ -36,7 +37,11 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, processes = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun (torch 2.14) shares its store with the processes, and it outlives a restart, with the addresses of those that died.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
     if torch.cuda.is_available():
         if (local_rank := int(os.environ["LOCAL_RANK"])) >= (found := torch.cuda.device_count()):
             raise UserError(f"launcher starts more processes on a machine than there are GPUs ({found}): set --nproc-per-node to {found}")
@@ -102,7 +107,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(parts: list[T]) -> list[T]:
-    """On the first process, what all have made of what was their `my_share` them, in the order of the numbers; on the others, nothing."""
+    """On the first process, what each process has made of `my_share`, in the order of the numbers; on the others, nothing."""
     if not _together():
         return parts
     everyone: list[list[T]] = [[]] * world_size()

@@ -7,7 +7,6 @@ schedules mean what they mean for pixels.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -75,12 +74,6 @@ def encode_set(latents: Latents, images: ImageSet) -> ImageSet:
         parts = torch.split(on_device(images)[0], CHUNK)
         encoded = torch.cat([latents.encode(part).cpu() for part in parts]).numpy()
     return ImageSet(encoded, images.labels, images.classes)
-
-
-def copy_latents(source: Path, target: Path) -> None:
-    """Give the folder `target` the space that `source` has, if it has one."""
-    if has_latents(source):
-        shutil.copytree(source / VAE_FOLDER, target / VAE_FOLDER, dirs_exist_ok=True)
 
 
 def has_latents(folder: Path) -> bool:
