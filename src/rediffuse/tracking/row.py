@@ -165,14 +165,14 @@ class Run:
         from rediffuse.tracking.sync import log_environment, log_recipe
 
         row = self._open_row()
-        if self._system:
-            self._system.finish()
         if error is None:
             row.log_metrics({f"seconds/{self._stage}": time.perf_counter() - self._began})
             log_recipe(row, checkout_root())
         if "torch" in sys.modules:  # else the stage computes nothing that hangs on it, and importing it takes seconds
             log_environment(row, self._stage)
         row.close()
+        if self._system:
+            self._system.finish()  # after the row's own requests: a server that does not answer is then known, and waited for once
         row.set_tags({stage_tag(self._stage, "status"): "failed" if error else "finished"})
         if error:
             row.set_tags({stage_tag(self._stage, "error"): f"{type(error).__name__}: {error}"})
@@ -191,9 +191,7 @@ class Run:
         update_view(row.client, row.row.info.experiment_id)
 
     def _give_up(self, error: Exception) -> None:
-        self._off = True
-        if self._system:
-            self._system.finish()
+        self._off = True  # the monitor of system metrics ends by itself: its thread stops at the first request that fails
         off = f"tracking is off for the rest of stage {self._stage}, which goes on without (`rediffuse sync` adds the rest later)"
         warn(f"{off}: {one_line(error)}")
 
