@@ -13,6 +13,8 @@ export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
+# Containers often set it; each process would then compile torch, MLflow and DVC again: 12 s instead of 5.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help repro recipe test check-results lint ui bench peers lock environment venv clean
 .DEFAULT_GOAL := help

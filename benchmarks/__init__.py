@@ -1,1 +1,1 @@
-"""What `make bench` measures: this project beside what one would take instead, in turns.  See benchmarks/__main__.py."""
+"""What `make bench` measures: this project beside what one would use instead.  See __main__.py."""

@@ -1,48 +1,38 @@
-"""Images drawn in a second at equal evaluations of networks of equal FLOPs (random weights: speed does not hang on them).
+"""Images drawn in a second at equal evaluations of networks of equal FLOPs, with random weights.
 
-Ours, in a size of the peers' FLOPs and as params.yaml has it, through `ddpm_shards`, as the stage sample_ddpm does; diffusers with
-DDIMScheduler; denoising-diffusion-pytorch with its `ddim_sample`.  All without guidance, in batches of the size in training;
-a shard of ours has always 64 images.
+Ours, in a size of the peers' FLOPs and as in params.yaml, draws as the stage sample_ddpm does, in shards of
+64; diffusers with DDIMScheduler; denoising-diffusion-pytorch with its `ddim_sample`; both in batches as in
+training.  All without guidance.
 """
 
 from __future__ import annotations
 
-import functools
-import statistics
-from typing import cast
+from functools import partial
+from statistics import median
 
 from benchmarks import ours, peers
-from benchmarks.report import RATIO, Cell, Settings, Table
-from benchmarks.training import DEFAULT, OURS, OURS_FLOAT32, our_batch, our_flops
+from benchmarks.report import RATIO, Settings, Table, peak_mib
+from benchmarks.training import DEFAULT, OURS, OURS_FLOAT32, large, peer_recipes
 from benchmarks.workers import Factory, Workers, ratio, spread
 
 EVALUATIONS, IMAGES, MANY = 20, 128, 10_000
 
 
 def measure(settings: Settings) -> list[Table]:
-    images, evaluations = (64, 2) if settings.quick else (IMAGES, EVALUATIONS)
-    recipes = peers.recipes(our_flops(large=True), our_batch(), steps=1)
-    contenders: dict[str, Factory] = {
-        OURS: functools.partial(ours.sampling_turn, images, evaluations, large=True),
-        DEFAULT: functools.partial(ours.sampling_turn, images, evaluations),
-        OURS_FLOAT32: functools.partial(ours.sampling_turn, images, evaluations, "float32", large=True),
-        **{name: functools.partial(peers.sampling_turn, recipe, images, evaluations) for name, recipe in recipes.items()},
+    n, steps = (64, 2) if settings.quick else (IMAGES, EVALUATIONS)
+    variants = {OURS: large(), DEFAULT: ours.parameters(), OURS_FLOAT32: large("float32")}
+    contenders: dict[str, Factory] = {}
+    contenders |= {name: partial(ours.sampling_turn, n, steps, params) for name, params in variants.items()}
+    contenders |= {
+        name: partial(peers.sampling_turn, each, n, steps) for name, each in peer_recipes().items()
     }
     with Workers(contenders) as workers:
         workers.turns(1)  # first use of each kernel
-        rates = cast("dict[str, list[float]]", workers.turns(settings.turns))
-        peaks = workers.peaks()
-    rows: list[list[Cell]] = [
-        [
-            name,
-            statistics.median(rates[name]),
-            f"{spread(rates[name]):.0%}",
-            MANY / statistics.median(rates[name]),
-            peaks[name],
-            ratio(rates[OURS], rates[name]),
-        ]
-        for name in contenders
-    ]
-    note = f"Median of {settings.turns} turns of {images} images each; spread: (max - min) / median.  Ratio: images/s of ours to these."
+        rates, memory = workers.turns(settings.turns), workers.each(peak_mib)
+    rows = []
+    for name, each in rates.items():
+        of_ours = ratio(rates[OURS], each)
+        rows.append([name, median(each), spread(each), MANY / median(each), memory[name], of_ours])
+    note = f"Medians of {settings.turns} turns of {n} images.  Ratio: images/s of {OURS} to these."
     columns = ["contender", "images/s", "spread", f"seconds for {MANY:,}", "peak MiB", RATIO]
-    return [Table(f"Sampling with {evaluations} evaluations of the network", columns, rows, note)]
+    return [Table(f"Sampling with {steps} evaluations of the network", columns, rows, note)]

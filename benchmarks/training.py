@@ -1,135 +1,103 @@
-"""Whole training steps: images a second at equal FLOPs, what share of the machine's peak that is, and what the step adds to the network.
+"""Whole training steps: images a second at equal FLOPs, and the share of the machine's convolution peak.
 
-A step is all that is done for a batch: data, noise, forward, backward, clipping, optimizer, average of the weights, logging.
-Contenders are those of benchmarks/peers.py in both settings, and ours in a size of their FLOPs (`ours.LARGE`), in bfloat16 and in float32,
-all with our batch; and ours as params.yaml has it, which is smaller.  Ratios are per FLOP.  The
-convolution peak is a contender too, so that it is measured in the same minutes.  Validation, checkpoints and the MLflow row are not in it
-(see the parts `startup` and `growth`).
+A step is all that is done for a batch: data, noise, forward, backward, clipping, optimizer, average of the
+weights, logging.  Contenders: those of benchmarks/peers.py in both settings; ours in a size of their FLOPs
+(`ours.LARGE`), in bfloat16 and float32; ours as in params.yaml, which is smaller.  All have our batch.
+Ratios are per FLOP.  The convolution peak is a contender too, so that it is measured in the same minutes.
+Validation, checkpoints and the row in MLflow are not included.
 """
 
 from __future__ import annotations
 
-import functools
-import statistics
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import partial
+from statistics import median
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import machine, ours, peers
-from benchmarks.report import RATIO, Cell, Settings, Table
-from benchmarks.workers import Factory, Turn, Workers, ratio, spread
+from benchmarks.report import RATIO, Cell, Settings, Table, peak_mib
+from benchmarks.workers import Factory, Workers, ratio, spread
 from rediffuse.params import Params
 
-TITLE = "Training, whole steps at equal FLOPs"
 DEFAULT = "rediffuse, params.yaml"
 OURS, OURS_FLOAT32 = "rediffuse, FLOPs of the peers", "the same in float32"
-NETWORK, PEAK = "forward and backward alone", "convolution peak"
+PEAK = "convolution peak"
 STEPS = 20  # in a turn
 
 
+class Work(NamedTuple):
+    """A network, and its FLOPs for one image: forward, and in training (forward and backward)."""
+
+    network: str
+    parameters: int
+    forward: float
+    training: float
+
+
+def work(network: str, model: nn.Module, inputs: tuple[Tensor | None, ...]) -> Work:
+    """Count for inputs of a batch of 2."""
+
+    def call() -> Tensor:
+        output = model(*inputs)
+        return getattr(output, "sample", output)  # diffusers returns a dataclass
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Work(network, parameters, peers.flops(call, 2), peers.flops(call, 2, backward=True))
+
+
+def our_work(params: Params) -> Work:
+    model, ddpm = ours.denoiser(params), params.ddpm
+    network = f"width {ddpm.width} x {tuple(ddpm.multipliers)}, fold {ddpm.fold}"
+    return work(network, model, ours.network_inputs(model, 2))
+
+
+def peer_work(recipe: peers.Recipe) -> Work:
+    side = recipe.structure.side
+    network = f"width {recipe.width} x {recipe.structure.multipliers}, {side}x{side}"
+    return work(network, recipe.unet(), (torch.zeros(2, 1, side, side), torch.ones(2, dtype=torch.int64)))
+
+
+def large(precision: str = "auto") -> Params:
+    """Return the parameters with a network of FLOPs that the peers can be made in."""
+    return ours.parameters(precision, **ours.LARGE)
+
+
+def peer_recipes(steps: int = 1_000_000) -> dict[str, peers.Recipe]:
+    """Return the peers with the FLOPs of `large` and our batch.  steps: of the learning rate's schedule."""
+    return peers.recipes(our_work(large()).forward, large().ddpm.training.batch, steps)
+
+
 def measure(settings: Settings) -> list[Table]:
-    steps = 2 if settings.quick else STEPS
-    recipes = peers.recipes(our_flops(large=True), our_batch(), steps=1_000_000)
-    contenders: dict[str, Factory] = {
-        PEAK: functools.partial(peak_turn, settings.quick),
-        OURS: functools.partial(ours.training_turn, steps, large=True),
-        DEFAULT: functools.partial(ours.training_turn, steps),
-        NETWORK: functools.partial(ours.network_turn, steps),
-        OURS_FLOAT32: functools.partial(ours.training_turn, steps, "float32", large=True),
-        **{name: functools.partial(peers.training_turn, recipe, steps) for name, recipe in recipes.items()},
-    }
+    steps, default = 2 if settings.quick else STEPS, ours.parameters()
+    variants, recipes = {OURS: large(), DEFAULT: default, OURS_FLOAT32: large("float32")}, peer_recipes()
+    contenders: dict[str, Factory] = {PEAK: partial(machine.peak_turn, settings.quick)}
+    contenders |= {name: partial(ours.training_turn, steps, params) for name, params in variants.items()}
+    contenders |= {name: partial(peers.training_turn, recipe, steps) for name, recipe in recipes.items()}
     with Workers(contenders) as workers:
-        rates = cast("dict[str, list[float]]", workers.turns(settings.turns))
-        peaks = workers.peaks()
-    large = work_of_ours(large=True)
-    work = {OURS: large, DEFAULT: work_of_ours(), OURS_FLOAT32: large, **{name: work_of(recipe) for name, recipe in recipes.items()}}
-    return [_throughput(rates, peaks, work, steps), _overhead(rates)]
+        rates, memory = workers.turns(settings.turns), workers.each(peak_mib)
+    works = {name: our_work(params) for name, params in variants.items()}
+    works |= {name: peer_work(recipe) for name, recipe in recipes.items()}
+    title = f"Training, turns of {steps} whole steps, batch {default.ddpm.training.batch}"
+    return [throughput(title, rates, memory, works)]
 
 
-def our_batch() -> int:
-    return ours.parameters().ddpm.training.batch
-
-
-def our_flops(*, large: bool = False) -> float:
-    """Of a forward pass of our denoiser, for one image."""
-    return work_of_ours(large=large)["forward"]
-
-
-@functools.cache
-def work_of_ours(*, large: bool = False) -> dict[str, Any]:
-    """FLOPs for one image: `forward`, and `training`, forward and backward; and what the network is.  large: `ours.LARGE`."""
-    return work_of_params(ours.parameters(large=large))
-
-
-def work_of_params(params: Params) -> dict[str, Any]:
-    """The same of the denoiser that these parameters describe."""
-    model = ours.denoiser(params)
-    inputs = ours.network_inputs(model, 2)
-    return {
-        "forward": peers.forward_flops(lambda: model(*inputs), 2),
-        "training": peers.training_flops(lambda: model(*inputs), 2),
-        "network": f"width {params.ddpm.width} x {tuple(params.ddpm.multipliers)}, fold {params.ddpm.fold}",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-@functools.cache
-def work_of(recipe: peers.Recipe) -> dict[str, Any]:
-    """The same of a peer."""
-    unet, side = recipe.unet(), recipe.structure.side
-    inputs = torch.zeros(2, 1, side, side), torch.ones(2, dtype=torch.int64)
-
-    def call() -> torch.Tensor:
-        output: Any = unet(*inputs)
-        return cast("torch.Tensor", getattr(output, "sample", output))
-
-    return {
-        "forward": peers.forward_flops(call, 2),
-        "training": peers.training_flops(call, 2),
-        "network": f"width {recipe.width} x {recipe.structure.multipliers}, {side}x{side}",
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-    }
-
-
-def peak_turn(quick: bool) -> Turn:
-    dtype = torch.bfloat16 if peers.best_precision() == "bfloat16" else torch.float32
-    return lambda: machine.conv_peak(dtype, quick=quick)[0]
-
-
-def _throughput(rates: Mapping[str, list[float]], peaks: Mapping[str, float], work: Mapping[str, dict[str, Any]], steps: int) -> Table:
-    speed = {name: [rate * work[name]["training"] / 1e9 for rate in rates[name]] for name in work}  # GFLOP/s
-    rows: list[list[Cell]] = [
-        [
-            name,
-            work[name]["network"],
-            work[name]["parameters"] / 1e6,
-            work[name]["forward"] / 1e9,
-            work[name]["training"] / 1e9,
-            statistics.median(rates[name]),
-            f"{spread(rates[name]):.0%}",
-            statistics.median(speed[name]),
-            f"{1 / ratio(rates[PEAK], speed[name]):.0%}",
-            peaks[name],
-            ratio(speed[OURS], speed[name]),
-        ]
-        for name in work
-    ]
-    columns = ["contender", "network", "million parameters", "GFLOP/image, forward", "and backward", "images/s", "spread", "GFLOP/s"]
+def throughput(
+    title: str, rates: Mapping[str, list[float]], memory: Mapping[str, float], works: Mapping[str, Work]
+) -> Table:
+    """Compare GFLOP/s with the first's.  rates: images/s of each turn, of PEAK: GFLOP/s; memory: MiB."""
+    speed = {name: [rate * work.training / 1e9 for rate in rates[name]] for name, work in works.items()}
+    first, rows = next(iter(works)), list[list[Cell]]()
+    for name, (network, parameters, forward, training) in works.items():
+        row = [name, network, parameters / 1e6, forward / 1e9, training / 1e9, median(rates[name])]
+        row += [spread(rates[name]), median(speed[name]), f"{1 / ratio(rates[PEAK], speed[name]):.0%}"]
+        rows.append([*row, memory[name], ratio(speed[first], speed[name])])
+    columns = ["contender", "network", "million parameters", "GFLOP/image, forward", "and backward"]
+    columns += ["images/s", "spread", "GFLOP/s", "of the conv peak", "peak MiB", RATIO]
     note = (
-        f"Median of {len(rates[OURS])} turns of {steps} steps with batch {our_batch()}; spread: (max - min) / median.  Ratio: GFLOP/s of"
-        f" ours to those of the same round.  Share of the {peers.best_precision()} convolution peak of the same rounds,"
-        f" {statistics.median(rates[PEAK]):.0f} GFLOP/s (spread {spread(rates[PEAK]):.0%}).  Peak memory: of the whole process."
+        f"Medians of {len(rates[PEAK])} turns; spread: (max - min) / median.  Ratio: GFLOP/s of {first}"
+        f" to these, by round.  The peak, {machine.best_precision()}: {median(rates[PEAK]):,.0f} GFLOP/s."
     )
-    return Table(TITLE, [*columns, "of the conv peak", "peak MiB", RATIO], rows, note)
-
-
-def _overhead(rates: Mapping[str, list[float]]) -> Table:
-    outside = [1 - step / alone for step, alone in zip(rates[DEFAULT], rates[NETWORK], strict=True)]
-    rows: list[list[Cell]] = [
-        ["whole step, images/s", statistics.median(rates[DEFAULT])],
-        ["forward and backward alone, images/s", statistics.median(rates[NETWORK])],
-        ["share of the step outside them", f"{statistics.median(outside):.1%}"],
-    ]
-    note = "Turns of the two alternate; the share is the median over rounds, " + ", ".join(f"{share:.1%}" for share in outside) + "."
-    return Table("What a training step of ours is besides forward and backward", ["what", "measured"], rows, note)
+    return Table(title, columns, rows, note)

@@ -1,6 +1,6 @@
-"""Encode the images by the trained VAE, for a DDPM that works in its latents (ddpm.space).  Run by `dvc repro`; see dvc.yaml.
+"""Encode the images by the VAE, for a DDPM that works in latents (ddpm.space); otherwise do nothing.
 
-For one that works in pixels there is nothing to do.
+Run by `dvc repro`; see dvc.yaml.
 """
 
 from pathlib import Path

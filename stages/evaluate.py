@@ -1,4 +1,4 @@
-"""Judge the images drawn from one model: `python -m stages.evaluate vae|ddpm`.  Run by `dvc repro`; see dvc.yaml."""
+"""Judge the images drawn from one model: `python -m stages.evaluate vae|ddpm`. See dvc.yaml."""
 
 import argparse
 from pathlib import Path
@@ -24,21 +24,21 @@ def main() -> None:
     parser.add_argument("model", choices=KINDS)
     model = parser.parse_args().model
     metrics, full = Path(f"metrics/{model}.json"), RECORDS / f"{model}.json"
-    classes = Path(f"metrics/plots/evaluate_{model}/classes.csv")
     params = load_params()
     make_deterministic()
-    reference, train, test = load_record(RECORDS / "reference.json"), load_images(IMAGES, "train"), load_images(IMAGES, "test")
+    reference = load_record(RECORDS / "reference.json")
+    train, test = load_images(IMAGES, "train"), load_images(IMAGES, "test")
     samples = load_sets(Path(f"data/samples/{model}"), test.shape, len(test.classes))
     judgement = Judgement(params, samples, train, test, reference, FOLDER)
-    with stage_run(f"evaluate_{model}", params) as run:
+    with stage_run(f"evaluate_{model}", params):
         measured = judgement.measure(model, device(), autocast(device(), params.precision))
         if measured is None:  # not the first process
             return
         record, headline = measured
         write_json(full, record)
         write_json(metrics, headline)
+        classes = Path(f"metrics/plots/evaluate_{model}/classes.csv")
         write_csv(classes, ("class", "distance", "n"), class_table(record))
-        run.log_results(metrics, full)
 
 
 if __name__ == "__main__":

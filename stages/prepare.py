@@ -1,4 +1,4 @@
-"""Make the image set: published files or a folder -> train, validation and test as uint8 arrays.  Run by `dvc repro`; see dvc.yaml."""
+"""Make the image set as uint8 arrays: train, validation and test.  Run by `dvc repro`; see dvc.yaml."""
 
 from pathlib import Path
 
@@ -31,15 +31,7 @@ def prepare_published(data: Data, seed: int) -> None:
 
 def prepare_folder(data: Data) -> None:
     with replacing(FOLDER) as incoming:
-        classes, about = write_folder(
-            Path(data.path),
-            incoming,
-            size=data.size,
-            channels=data.channels,
-            validation=data.validation_share,
-            test=data.test_share,
-            seed=data.split_seed,
-        )
+        classes, about = write_folder(data, incoming)
         splits = {name: load_split(incoming, name, classes) for name in ("train", "validation", "test")}
         save_manifest(incoming, describe(splits, about))
 

@@ -1,6 +1,6 @@
-"""Measure the real images: the instruments, what they see in the test images, and what a perfect and a useless generator would score.
+"""Make the instruments, and score real images and generators that learn almost nothing. See dvc.yaml.
 
-Run by `dvc repro`; see dvc.yaml.  It runs before any training, so that whatever the evaluation needs and cannot have is said here.
+It runs before any training, so that whatever the evaluation lacks is reported here.
 """
 
 from pathlib import Path
@@ -23,14 +23,14 @@ def main() -> None:
     params = load_params()
     make_deterministic()
     reference = Reference(params, *(load_images(IMAGES, split) for split in ("train", "validation", "test")))
-    with stage_run("reference", params) as run:
-        measured = reference.measure(FOLDER, load_manifest(IMAGES), device(), autocast(device(), params.precision))
+    with stage_run("reference", params):
+        on, manifest = device(), load_manifest(IMAGES)
+        measured = reference.measure(FOLDER, manifest, on, autocast(on, params.precision))
         if measured is None:  # not the first process
             return
         record, headline = measured
         write_json(RECORD, record)
         write_json(METRICS, headline)
-        run.log_results(METRICS, RECORD)
 
 
 if __name__ == "__main__":

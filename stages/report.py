@@ -31,7 +31,7 @@ RECORDS, REPORT = Path("metrics/evaluation"), Path("metrics/report")
 def main() -> None:
     params = load_params()
     make_deterministic()
-    with stage_run("report", params, complete=True) as run:
+    with stage_run("report", params, complete=True):
         train, validation, test = (load_images(IMAGES, split) for split in ("train", "validation", "test"))
         records = {name: json.loads((RECORDS / f"{name}.json").read_text()) for name in ("reference", *KINDS)}
         for model in KINDS:
@@ -42,9 +42,9 @@ def main() -> None:
         draw_vae(load_model(VAE, MODELS / "vae", device()), test, REPORT / "vae")
         denoiser = load_model(Denoiser, MODELS / "ddpm", device())
         space = load_space(MODELS / "ddpm", denoiser.shape, device())
-        draw_noising(denoiser.schedule, space, on_device(validation)[0], seed=params.seed, folder=REPORT / "ddpm")
+        images, _ = on_device(validation)
+        draw_noising(denoiser.schedule, space, images, seed=params.seed, folder=REPORT / "ddpm")
         draw_denoising(denoiser, space, records["ddpm"]["sampling"], params.precision, REPORT / "ddpm")
-        run.log_results(REPORT)
 
 
 if __name__ == "__main__":

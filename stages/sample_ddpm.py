@@ -1,4 +1,4 @@
-"""Draw sets of new images from the DDPM.  Run by `dvc repro`; see dvc.yaml."""
+"""Draw new images from the DDPM.  Run by `dvc repro`; see dvc.yaml."""
 
 from pathlib import Path
 
@@ -28,10 +28,12 @@ def main() -> None:
     with stage_run("sample_ddpm", params):
         denoiser, settings = load_model(Denoiser, MODEL, device()), params.sample.ddpm
         space = load_space(MODEL, denoiser.shape, device())
-        draw_sets(ddpm_shards(denoiser, settings, params.precision, space=space), params.sample, denoiser.classes, FOLDER)
+        draw_shard = ddpm_shards(denoiser, settings, params.precision, space=space)
+        draw_sets(draw_shard, params.sample, denoiser.classes, FOLDER)
         about = {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
         if is_main():
-            write_json(FOLDER / "sampling.json", {"n": params.sample.n, "seeds": params.sample.seeds} | about | {"rounding": ROUNDING})
+            size = {"n": params.sample.n, "seeds": params.sample.seeds}
+            write_json(FOLDER / "sampling.json", size | about | {"rounding": ROUNDING})
 
 
 if __name__ == "__main__":

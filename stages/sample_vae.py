@@ -1,4 +1,4 @@
-"""Draw sets of new images from the VAE, and its reconstructions of test images.  Run by `dvc repro`; see dvc.yaml."""
+"""Draw new images from the VAE, and reconstruct test images.  Run by `dvc repro`; see dvc.yaml."""
 
 from pathlib import Path
 
@@ -33,19 +33,20 @@ def main() -> None:
         about = {"ema_half_life": params.vae.training.ema_half_life} | settings.model_dump()
         if settings.prior == "mixture" and is_main():
             about["components"] = fit_prior(vae, settings, params.sample.seeds[0])
-        barrier()  # all take the mixture from its file
+        barrier()  # all processes read the mixture from its file
         draw_shard = vae_shards(vae, load_prior(vae, settings, FOLDER / PRIOR, MODEL), params.precision)
         draw_sets(draw_shard, params.sample, vae.classes, FOLDER)
         test = load_images(IMAGES, "test")
-        n = min(params.sample.n, len(test))
-        again = draw(n, reconstruct_shards(vae, test, params.precision), seed=0, title="reconstruct test images").numpy()
+        reconstruct, n = reconstruct_shards(vae, test, params.precision), min(params.sample.n, len(test))
+        reconstructions = draw(n, reconstruct, seed=0, title="reconstruct test images").numpy()
         if is_main():
-            save_samples(FOLDER / RECONSTRUCTIONS, Samples(again))
-            write_json(FOLDER / "sampling.json", {"n": params.sample.n, "seeds": params.sample.seeds} | about | {"rounding": ROUNDING})
+            save_samples(FOLDER / RECONSTRUCTIONS, Samples(reconstructions))
+            size = {"n": params.sample.n, "seeds": params.sample.seeds}
+            write_json(FOLDER / "sampling.json", size | about | {"rounding": ROUNDING})
 
 
 def fit_prior(vae: VAE, settings: SampleVAE, seed: int) -> int:
-    """Fit the mixture and keep it; returns how many components it has."""
+    """Fit and save the mixture; return its number of components."""
     means = posterior_means(vae, *on_device(load_images(IMAGES, "train"))).numpy()
     fitted = fit_mixture(means, components=settings.components, seed=seed)
     save_mixture(FOLDER / PRIOR, fitted, MODEL)

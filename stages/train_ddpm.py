@@ -1,4 +1,4 @@
-"""Train the denoiser of the DDPM on the prepared images, or on their latents.  Run by `dvc repro`; see dvc.yaml."""
+"""Train the denoiser of the DDPM on the prepared images or latents.  Run by `dvc repro`; see dvc.yaml."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,9 @@ from rediffuse.training.curves import write_curves
 from rediffuse.training.loop import Trainer
 from stages import checkpoint_folder, run_stage
 
-MODEL, METRICS, PLOTS = Path("data/models/ddpm"), Path("metrics/train_ddpm.json"), Path("metrics/plots/train_ddpm")
+MODEL, METRICS = Path("data/models/ddpm"), Path("metrics/train_ddpm.json")
+PLOTS = Path("metrics/plots/train_ddpm")
+VAE_FOLDER = "vae"  # as in rediffuse.vae.latents, which this stage does not depend on
 
 
 def make_denoiser(params: DDPM, shape: Sequence[int], classes: Sequence[str] = ()) -> Denoiser:
@@ -36,9 +38,9 @@ def main() -> None:
     folder = Path("data", params.ddpm.space)
     train, validation = load_images(folder, "train"), load_images(folder, "validation")
 
-    def validated(denoiser: Denoiser, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+    def measure(denoiser: Denoiser, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         with autocast(device(), params.precision):
-            return {f"validation_{k}": v for k, v in validate(denoiser, images, labels, seed=params.seed).items()}
+            return validate(denoiser, images, labels, seed=params.seed)
 
     torch.manual_seed(params.seed)
     with stage_run("train_ddpm", params) as run:
@@ -52,20 +54,19 @@ def main() -> None:
             seed=params.seed,
             precision=params.precision,
             compile=params.compile,
-            validate=validated,
-            log=lambda seen, values: run.log_curve(seen, {f"ddpm/{name}": value for name, value in values.items()}),
+            validate=measure,
+            log=run,
         )
         with resumable(checkpoint_folder(), "ddpm", trainer.fingerprint) as checkpoint:
             denoiser, curves = trainer.train(checkpoint)
-            if not is_main():
-                return
-            save_model(denoiser, MODEL)
-            copy_folder(folder / "vae", MODEL / "vae")  # beside latents: so that the model draws images by itself
-            parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-            last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
-            write_json(METRICS, {"validation": {"eps_mse": last}, "parameters": parameters})
-            write_curves(PLOTS, curves)
-        run.log_results(METRICS, PLOTS)
+            if is_main():
+                save_model(denoiser, MODEL)
+                # With latents, the model keeps their VAE, so that it draws images by itself.
+                copy_folder(folder / VAE_FOLDER, MODEL / VAE_FOLDER)
+                parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+                last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
+                write_json(METRICS, {"validation": {"eps_mse": last}, "parameters": parameters})
+                write_curves(PLOTS, curves)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train the VAE on the prepared images.  Run by `dvc repro`; see dvc.yaml."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from rediffuse.vae.model import VAE, Architecture
 from rediffuse.vae.step import VAEStep, final_measures, measure
 from stages import checkpoint_folder, run_stage
 
-IMAGES, METRICS, PLOTS = Path("data/pixels"), Path("metrics/train_vae.json"), Path("metrics/plots/train_vae")
+IMAGES, MODEL = Path("data/pixels"), Path("data/models/vae")
+METRICS, PLOTS = Path("metrics/train_vae.json"), Path("metrics/plots/train_vae")
 
 
 def make_vae(params: VAEParams, shape: Sequence[int], classes: Sequence[str] = ()) -> VAE:
@@ -46,18 +48,16 @@ def main() -> None:
             seed=params.seed,
             precision=params.precision,
             compile=params.compile,
-            validate=lambda vae, *images: {f"validation_{k}": v for k, v in measure(vae, *images, seed=params.seed).items()},
-            log=lambda seen, values: run.log_curve(seen, {f"vae/{name}": value for name, value in values.items()}),
+            validate=partial(measure, seed=params.seed),
+            log=run,
         )
         with resumable(checkpoint_folder(), "vae", trainer.fingerprint) as checkpoint:
             vae, curves = trainer.train(checkpoint)
             measured = final_measures(vae, images, on_device(test), seed=params.seed)
-            if not is_main():
-                return
-            save_model(vae, Path("data/models/vae"))
-            write_json(METRICS, measured)
-            write_curves(PLOTS, curves)
-        run.log_results(METRICS, PLOTS)
+            if is_main():
+                save_model(vae, MODEL)
+                write_json(METRICS, measured)
+                write_curves(PLOTS, curves)
 
 
 if __name__ == "__main__":

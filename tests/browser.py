@@ -1,9 +1,9 @@
 """A page in headless Chromium, for tests and for the pictures in docs/.
 
-    python tests/browser.py 'http://127.0.0.1:5000/#/experiments/1/runs' page.png --size 1600x1200 --until 'document.images.length > 3'
+    python tests/browser.py ADDRESS page.png --until 'document.images.length > 3'
 
-Speaks the DevTools protocol over the browser's pipe (messages that end in NUL, on its file descriptors 3 and 4), so it needs
-nothing but the browser.  https://chromedevtools.github.io/devtools-protocol/
+Speaks the DevTools protocol over the browser's pipe (messages that end in NUL, on its file descriptors 3 and
+4), so it needs nothing but the browser.  https://chromedevtools.github.io/devtools-protocol/
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ FLAGS = (
     "--password-store=basic",
     "--remote-debugging-pipe",
 )
-# MLflow 3.17 opens its assistant on the first visit; it takes a quarter of the page.  about:blank has no storage.
+# MLflow 3.17 opens its assistant on the first visit; it takes a quarter of the page.  about:blank has no
+# storage.
 NO_ASSISTANT = "try { localStorage['mlflow.assistant.fab.autoOpenedOnFirstLoad_v1'] = 'true' } catch {}"
 # The images that can be seen somewhere on the page, and whether each has arrived.
 IMAGES = "[...document.images].filter(image => image.getClientRects().length)"
@@ -64,8 +65,11 @@ class Browser:
     """
 
     def __init__(self, width: int = 1600, height: int = 1200, scale: float = 1.0, first: str = "") -> None:
-        """`scale`: pixels of a picture for each of the page.  `first`: JavaScript that runs in each page before the page's own.
-        Raises FileNotFoundError if there is no browser."""
+        """`scale`: pixels of a picture for each of the page.
+
+        `first`: JavaScript that runs in each page before the page's own.  Raises FileNotFoundError if there
+        is no browser.
+        """
         program = find_browser()
         if program is None:
             raise FileNotFoundError(f"none of these programs is on PATH: {', '.join(PROGRAMS)}")
@@ -82,17 +86,35 @@ class Browser:
             os.dup2(reading, 3)
             os.dup2(writing, 4)
 
-        command = [program, *FLAGS, f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}", "about:blank"]
+        command = [
+            program,
+            *FLAGS,
+            f"--user-data-dir={self._profile.name}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(
-            command, pass_fds=(3, 4), preexec_fn=as_3_and_4, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+            command,
+            pass_fds=(3, 4),
+            preexec_fn=as_3_and_4,
+            stdin=quiet,
+            stdout=quiet,
+            stderr=quiet,
+            start_new_session=True,
         )
         os.close(out)
         os.close(into)
         try:
             target = self.command("Target.createTarget", url="about:blank")["targetId"]
             self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            self.command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
+            self.command(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=scale,
+                mobile=False,
+            )
             self.command("Page.enable")
             self.command("Page.addScriptToEvaluateOnNewDocument", source=first)
         except BaseException:
@@ -102,7 +124,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -122,7 +146,8 @@ class Browser:
     def command(self, method: str, seconds: float = 30.0, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol; events that arrive meanwhile are dropped.
 
-        Raises RuntimeError with the browser's words if it refuses, TimeoutError, or EOFError if the browser has died.
+        Raises RuntimeError with the browser's words if it refuses, TimeoutError, or EOFError if the browser
+        has died.
         """
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
@@ -161,11 +186,16 @@ class Browser:
         answer = self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             details = answer["exceptionDetails"]
-            raise RuntimeError(f"{script}: {details.get('exception', {}).get('description', details['text'])}")
+            raise RuntimeError(
+                f"{script}: {details.get('exception', {}).get('description', details['text'])}"
+            )
         return answer["result"].get("value")
 
     def wait_for(self, script: str, seconds: float = 30.0) -> Any:
-        """The value of the expression as soon as it is truthy.  Raises TimeoutError with what the page shows instead."""
+        """The value of the expression as soon as it is truthy.
+
+        Raises TimeoutError with what the page shows instead.
+        """
         until = time.monotonic() + seconds
         while not (value := self.evaluate(script)):
             if time.monotonic() > until:
@@ -178,7 +208,7 @@ class Browser:
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
 
     def settle(self, seconds: float = 30.0) -> None:
-        """Wait until all images have arrived and for a second neither text nor number of images has changed."""
+        """Wait until all images have arrived and the page has not changed for a second."""
         state = f"[document.body.innerText, {IMAGES}.map(image => image.complete)]"
         until, before, since = time.monotonic() + seconds, None, time.monotonic()
         while time.monotonic() < until:
@@ -200,8 +230,14 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", default="1600x1200", help="of the window (1600x1200)")
-    parser.add_argument("--scale", type=float, default=1.0, help="pixels of the picture for each of the page (1)")
-    parser.add_argument("--first", default=NO_ASSISTANT, help="JavaScript run before the page's own (closes MLflow's assistant)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="pixels of the picture for each of the page (1)"
+    )
+    parser.add_argument(
+        "--first",
+        default=NO_ASSISTANT,
+        help="JavaScript run before the page's own (closes MLflow's assistant)",
+    )
     parser.add_argument(
         "--until",
         default="document.body.innerText",

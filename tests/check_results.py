@@ -1,22 +1,36 @@
-"""The committed results against what they belong to: code, parameters, README and documentation.  `make check-results` runs it.
+"""The committed results against what they belong to: code, parameters, README and documentation.
 
-`make test` does not: after an edit to what a stage depends on, a changed parameter or a new result this here is red until `make repro` has
-run, the figures of README.md and docs/evaluation.md are corrected, and the pictures of docs/images are copied again.
+`make check-results` runs it.
+
+`make test` does not: after an edit to what a stage depends on, a changed parameter or a new result this here
+is red until `make repro` has run, the figures of README.md and docs/evaluation.md are corrected, and the
+pictures of docs/images are copied again.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import yaml
-from test_dvc_yaml import every_stage, stages
+from dvc.repo import Repo
 
 from rediffuse.params import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
+every_stage = pytest.mark.parametrize("name", yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 README = (ROOT / "README.md").read_text()
 INSTRUMENT = "fashion-mnist-cnn-v1"
-COPIES = sorted(path for path in (ROOT / "docs/images").glob("*.png") if path.stem.startswith(("vae-", "ddpm-")))
+COPIES = sorted(
+    path for path in (ROOT / "docs/images").glob("*.png") if path.stem.startswith(("vae-", "ddpm-"))
+)
+
+
+@lru_cache
+def stages():
+    """The stages by name, as DVC sees them."""
+    with Repo(str(ROOT)) as repo:
+        return {stage.name: stage for stage in repo.index.stages if getattr(stage, "name", None)}
 
 
 # Code and parameters
@@ -24,10 +38,16 @@ COPIES = sorted(path for path in (ROOT / "docs/images").glob("*.png") if path.st
 
 @every_stage
 def test_results_belong_to_the_code_and_the_parameters(name):
-    """dvc.lock names the code and parameters that its results come from; a change without a new `dvc repro` shows here."""
+    """dvc.lock names the code and parameters that its results come from; a change without a new `dvc repro`
+    shows here.
+    """
     stage = stages()[name]
-    assert not stage.changed_stage(), "the command differs from dvc.lock: run `make repro` and commit dvc.lock and metrics"
-    changed = {str(dep): dep.status() for dep in stage.deps if not str(dep).startswith("data/") and dep.status()}
+    assert not stage.changed_stage(), (
+        "the command differs from dvc.lock: run `make repro` and commit dvc.lock and metrics"
+    )
+    changed = {
+        str(dep): dep.status() for dep in stage.deps if not str(dep).startswith("data/") and dep.status()
+    }
     assert not changed, "run `make repro` and commit dvc.lock and metrics"
 
 
@@ -78,15 +98,25 @@ def test_scores_are_those_of_the_committed_run():
     places = [record["instruments"][INSTRUMENT] for record in (reference, vae, ddpm)]
     scores = [places[0]["rows"]["train"], places[1]["scores"], places[2]["scores"]]
     floor, of_vae, of_ddpm = (score["fd"] for score in scores)
-    assert cells(f"Fréchet distance, `{INSTRUMENT}`") == [shown(floor, 3), shown(of_vae, 2), shown(of_ddpm, 2)]
+    assert cells(f"Fréchet distance, `{INSTRUMENT}`") == [
+        shown(floor, 3),
+        shown(of_vae, 2),
+        shown(of_ddpm, 2),
+    ]
     assert cells("its place between") == ["0", *(f"{place['position']['mean']:.3f}" for place in places[1:])]
     assert cells("KID") == [shown(score["kid"], 4) for score in scores]
     assert cells("inception score") == [shown(score["is"], 2) for score in scores]
     for name in ("precision", "recall", "density", "coverage"):
         assert cells(name) == [shown(score[name], 3) for score in scores]
-    assert cells("accuracy on real images") == [shown(reference["accuracy_score"], 3), "", shown(ddpm["accuracy_score"], 3)]
+    assert cells("accuracy on real images") == [
+        shown(reference["accuracy_score"], 3),
+        "",
+        shown(ddpm["accuracy_score"], 3),
+    ]
     assert cells("drawn as the class")[2] == shown(ddpm["label_accuracy"], 3)
-    assert cells("copies of training")[1:] == [f"{record['memorisation']['copies']['mean']:.4f}" for record in (vae, ddpm)]
+    assert cells("copies of training")[1:] == [
+        f"{record['memorisation']['copies']['mean']:.4f}" for record in (vae, ddpm)
+    ]
     assert cells("VAE's reconstructions")[1] == f"{places[1]['reconstructions']['fd']:.2f}"
 
 
@@ -95,7 +125,10 @@ def test_scores_of_the_label_free_instrument_are_those_of_the_committed_run():
     [id] = [id for id in reference["instruments"] if id.startswith("random-conv-v1-")]
     floor = reference["instruments"][id]["rows"]["train"]["fd"]
     of_models = [record["instruments"][id]["scores"]["fd"] for record in (vae, ddpm)]
-    assert cells("Fréchet distance, `random-conv-v1`") == [shown(floor, 3), *(shown(fd, 2) for fd in of_models)]
+    assert cells("Fréchet distance, `random-conv-v1`") == [
+        shown(floor, 3),
+        *(shown(fd, 2) for fd in of_models),
+    ]
 
 
 def test_floor_and_memorisation_of_the_documentation_are_those_of_the_committed_run():
@@ -136,4 +169,6 @@ def test_pictures_of_the_documentation_are_those_of_the_committed_run(path):
     made = ROOT / f"metrics/report/{model}/{name}.png"
     if not made.parent.is_dir():
         pytest.skip("the pictures of the run are not here: `dvc pull metrics/report`, or `make repro`")
-    assert path.read_bytes() == made.read_bytes(), f"copy {made.relative_to(ROOT)} to {path.relative_to(ROOT)}"
+    assert path.read_bytes() == made.read_bytes(), (
+        f"copy {made.relative_to(ROOT)} to {path.relative_to(ROOT)}"
+    )

@@ -1,4 +1,4 @@
-"""Shared by the tests: the real Fashion-MNIST, found or fetched once and kept in data/raw of the checkout, and a store without rows."""
+"""Shared fixtures: the real Fashion-MNIST, kept in data/raw of the checkout, and an empty MLflow store."""
 
 from __future__ import annotations
 

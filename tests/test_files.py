@@ -1,12 +1,12 @@
-"""Files that DVC hashes: their bytes depend on their content alone, not on the time, the machine or the patch release of Python."""
+"""The bytes of files that DVC hashes depend only on their content, not on time, machine or Python."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from rediffuse.images.files import save_npy, save_png
+from rediffuse.images.files import save_png
+from rediffuse.images.image_set import save_arrays
 from rediffuse.runtime.files import write_csv, write_json
 from rediffuse.runtime.weights import save_model
 from rediffuse.vae.model import VAE
@@ -22,21 +22,17 @@ RECORDED = {
 }
 
 
-def write_each(folder: Path) -> None:
-    """One file of each kind, with fixed content."""
+def test_bytes_depend_only_on_the_content(tmp_path):
     images = np.arange(2 * 3 * 8 * 8, dtype=np.uint8).reshape(2, 3, 8, 8)
-    save_npy(folder / "images.npy", images)
-    save_png(images[0].transpose(1, 2, 0), folder / "picture.png")
-    write_json(folder / "record.json", {"fd": 0.1 + 0.2, "n": 3, "class": "Ärmel", "none": None})
-    write_csv(folder / "curve.csv", ["images", "loss"], [[10, repr(1 / 3)], [20, ""]])
+    save_arrays(tmp_path, images, None)
+    save_png(images[0].transpose(1, 2, 0), tmp_path / "picture.png")
+    write_json(tmp_path / "record.json", {"fd": 0.1 + 0.2, "n": 3, "class": "Ärmel", "none": None})
+    write_csv(tmp_path / "curve.csv", ["images", "loss"], [[10, repr(1 / 3)], [20, ""]])
     vae = VAE((1, 8, 8), latent_dim=2, latent_channels=0, channels=[2], hidden=4, likelihood="bernoulli")
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) / 7)
-    save_model(vae, folder / "model")
-
-
-def test_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
-    write_each(tmp_path)
-    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
-    assert {str(path.relative_to(tmp_path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} == RECORDED
+    save_model(vae, tmp_path / "model")
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == len(RECORDED)
+    for name, expected in RECORDED.items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == expected, name

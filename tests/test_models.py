@@ -1,4 +1,6 @@
-"""The trained models in MLflow's registry: one version per content, self-contained, served with the bytes that `generate` gives."""
+"""The trained models in MLflow's registry: one version per content, self-contained, served with the bytes
+that `generate` gives.
+"""
 
 import base64
 import json
@@ -14,16 +16,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from servers import clean_environment, free_port, wait_until
 from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
 
 from rediffuse.commands.generate import generate
 from rediffuse.commands.promote import promote
+from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import load_model
+from rediffuse.tracking.lineage import Lineage
 from rediffuse.tracking.lock import directory_md5
 from rediffuse.tracking.models import log_models
+from rediffuse.tracking.preview import draw_preview
 from rediffuse.tracking.store import connect, experiment_id
+from rediffuse.tracking.sync import complete
+from rediffuse.tracking.writer import RowWriter
+from rediffuse.vae.model import VAE
 
 REQUEST = {"n": 3, "label": "Ankle boot", "seed": 5}
 
@@ -56,7 +67,9 @@ def lock_models(root):
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory):
-    """The database of a store with an experiment and nothing else: to make one takes seconds, to copy it none."""
+    """The database of a store with an experiment and nothing else: to make one takes seconds, to copy it
+    none.
+    """
     database = tmp_path_factory.mktemp("store") / "mlflow.db"
     Store(database)
     return database
@@ -72,7 +85,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def store(empty_store, tmp_path, monkeypatch):
-    """A store of the test's own, which is the one in force; artifacts lie beside the database that it is a copy of."""
+    """A store of the test's own, which is the one in force; artifacts lie beside the database that it is a
+    copy of.
+    """
     store = Store(shutil.copy(empty_store, tmp_path / "mlflow.db"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     return store
@@ -86,49 +101,101 @@ def checkout(models, tmp_path, monkeypatch):
     return root
 
 
+def addresses(client, row, checkout):
+    """The versions that the checkout's models are registered as: {"ddpm": "models:/rediffuse-ddpm/1"}."""
+    return {kind: version.address for kind, version in log_models(client, row, checkout).items()}
+
+
 # What is registered
 
 
 def test_each_model_becomes_a_version_of_the_row(store, checkout):
     row = store.row()
-    assert log_models(store.client, row, checkout) == {"vae": "models:/rediffuse-vae/1", "ddpm": "models:/rediffuse-ddpm/1"}
+    assert addresses(store.client, row, checkout) == {
+        "vae": "models:/rediffuse-vae/1",
+        "ddpm": "models:/rediffuse-ddpm/1",
+    }
     (version,) = store.versions("ddpm")
     assert version.run_id == row.info.run_id and version.status == "READY"
     assert version.tags["dvc.md5"] == directory_md5(checkout / "data/models/ddpm")
-    outputs = store.client.get_run(row.info.run_id).outputs.model_outputs
-    logged = {model.name: model for model in (store.client.get_logged_model(output.model_id) for output in outputs)}
-    assert set(logged) == {"vae", "ddpm"}
-    assert logged["ddpm"].status == "READY" and logged["ddpm"].params == {"ddpm.T": "12"}
-    assert json.loads(logged["ddpm"].tags["mlflow.modelVersions"]) == [{"name": "rediffuse-ddpm", "version": 1}]
+    logged = store.client.get_logged_model(version.tags["rediffuse.model_id"])
+    assert (logged.name, logged.status, logged.params) == ("ddpm", "READY", {"ddpm.T": "12"})
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "rediffuse-ddpm", "version": 1}]
+
+
+def test_a_models_numbers_and_data_set_are_linked_to_it(store, checkout):
+    (checkout / "data/pixels").mkdir(exist_ok=True)
+    (checkout / "data/pixels/manifest.json").write_text(json.dumps({"set": "toy", "classes": []}))
+    (checkout / "metrics").mkdir(exist_ok=True)
+    for name, value in (("ddpm", 1.5), ("train_ddpm", 0.25), ("vae", 9.0)):
+        (checkout / f"metrics/{name}.json").write_text(json.dumps({"cnn-v1": {"fd": value}}))
+    files = [checkout / f"metrics/{name}.json" for name in ("ddpm", "train_ddpm", "vae")]
+    hashes = {"data/pixels": "ab" * 16, "data/models/ddpm": "x", "data/models/vae": "y"}
+    lineage = Lineage(checkout, {"evaluate_ddpm": files}, {"evaluate_ddpm": "key"}, hashes=hashes)
+    row = store.row()
+    for _ in range(2):  # the second time changes nothing
+        complete(RowWriter(store.client, store.client.get_run(row.info.run_id)), lineage)
+    found = store.client.get_run(row.info.run_id)
+    models = {each.name: each for each in store.client.search_logged_models([store.experiment])}
+    assert {model.model_id for model in found.outputs.model_outputs} == {
+        each.model_id for each in models.values()
+    }
+    assert len(found.outputs.model_outputs) == 2
+    linked = [
+        (each.key, each.value, each.dataset_name, each.dataset_digest) for each in models["ddpm"].metrics
+    ]
+    expected = [("ddpm/cnn-v1/fd", 1.5), ("train_ddpm/cnn-v1/fd", 0.25)]
+    assert sorted(linked) == [(name, value, "toy", "ab" * 16) for name, value in expected]
+    assert [(each.key, each.value) for each in models["vae"].metrics] == [("vae/cnn-v1/fd", 9.0)]
+    assert len(store.client.get_metric_history(row.info.run_id, "ddpm/cnn-v1/fd")) == 1
+    ranked = store.client.search_logged_models(
+        [store.experiment],
+        "metrics.`ddpm/cnn-v1/fd` < 2",
+        order_by=[{"field_name": "metrics.ddpm/cnn-v1/fd"}],
+    )
+    assert [each.name for each in ranked] == ["ddpm"]
 
 
 def test_a_version_belongs_to_content_and_settings(store, checkout):
     first, second = store.row("first"), store.row("second")
-    known = log_models(store.client, first, checkout)
-    assert log_models(store.client, first, checkout) == known
-    assert log_models(store.client, second, checkout) == known  # an experiment that shares the models
+    known = addresses(store.client, first, checkout)
+    assert addresses(store.client, first, checkout) == known
+    assert addresses(store.client, second, checkout) == known  # an experiment that shares the models
     write_params(checkout, {"sample.ddpm.steps": 4})
-    assert log_models(store.client, second, checkout) == known | {"ddpm": "models:/rediffuse-ddpm/2"}
+    assert addresses(store.client, second, checkout) == known | {"ddpm": "models:/rediffuse-ddpm/2"}
     params = write_params(checkout, {})
     save_vae(checkout, params, seed=5)
     lock_models(checkout)
-    assert log_models(store.client, second, checkout) == known | {"vae": "models:/rediffuse-vae/2"}
+    assert addresses(store.client, second, checkout) == known | {"vae": "models:/rediffuse-vae/2"}
     assert {kind: len(store.versions(kind)) for kind in ("vae", "ddpm")} == {"vae": 2, "ddpm": 2}
+
+
+def test_a_preview_is_the_same_each_time_and_leaves_the_random_state(checkout):
+    params = load_params(checkout / "params.yaml")
+    for kind, model_class in (("vae", VAE), ("ddpm", Denoiser)):
+        model = load_model(model_class, checkout / "data/models" / kind, torch.device("cpu"))
+        before = torch.get_rng_state()
+        (key, first), (_, second) = (draw_preview(model, params) for _ in range(2))
+        assert key == f"{kind}/training" and first.tobytes() == second.tobytes()
+        assert len(first.getcolors()) > 2 and torch.equal(before, torch.get_rng_state())
 
 
 def test_only_what_the_lock_names_is_registered(store, checkout):
     save_vae(checkout, write_params(checkout, {}), seed=5)  # trained again, as while `dvc repro` runs
-    assert set(log_models(store.client, store.row(), checkout)) == {"ddpm"}
+    assert set(addresses(store.client, store.row(), checkout)) == {"ddpm"}
     shutil.rmtree(checkout / "data/models/ddpm")
-    assert log_models(store.client, store.row(), checkout) == {}
+    assert addresses(store.client, store.row(), checkout) == {}
     (checkout / "dvc.lock").unlink()
-    assert log_models(store.client, store.row(), checkout) == {}
+    assert addresses(store.client, store.row(), checkout) == {}
     assert not store.versions("vae")
 
 
 def test_two_at_once_make_one_version(store, checkout):
     rows, found = [store.row("a"), store.row("b")], []
-    threads = [threading.Thread(target=lambda row=row: found.append(log_models(connect(store.uri), row, checkout))) for row in rows]
+    threads = [
+        threading.Thread(target=lambda row=row: found.append(addresses(connect(store.uri), row, checkout)))
+        for row in rows
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -137,18 +204,22 @@ def test_two_at_once_make_one_version(store, checkout):
     assert len(store.versions("ddpm")) == 1
 
 
-def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(store, checkout, tmp_path, monkeypatch, capfd):
+def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(
+    store, checkout, tmp_path, monkeypatch, capfd
+):
     import mlflow
 
     for kind in ("vae", "ddpm"):
-        (checkout / f"data/models/{kind}/model.safetensors").write_bytes(b"no weights: whoever loads them fails")
+        (checkout / f"data/models/{kind}/model.safetensors").write_bytes(
+            b"no weights: whoever loads them fails"
+        )
     lock_models(checkout)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     mlflow.set_tracking_uri("sqlite:////nowhere/at/all.db")  # the process's global store is another
     try:
         capfd.readouterr()
-        assert set(log_models(store.client, store.row(), checkout)) == {"vae", "ddpm"}
+        assert set(addresses(store.client, store.row(), checkout)) == {"vae", "ddpm"}
         assert capfd.readouterr() == ("", "")
         assert mlflow.get_tracking_uri() == "sqlite:////nowhere/at/all.db"
         assert mlflow.active_run() is None and mlflow.get_active_model_id() is None
@@ -158,7 +229,7 @@ def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(store, checko
 
 
 def test_the_logged_model_says_what_it_takes_and_gives(store, checkout):
-    log_models(store.client, store.row(), checkout)
+    addresses(store.client, store.row(), checkout)
     folder = Path(store.client.get_model_version_download_uri("rediffuse-ddpm", "1").removeprefix("file://"))
     about = yaml.safe_load((folder / "MLmodel").read_text())
     inputs, outputs = (json.loads(about["signature"][key]) for key in ("inputs", "outputs"))
@@ -172,7 +243,9 @@ def test_the_logged_model_says_what_it_takes_and_gives(store, checkout):
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pyc")]
     assert str(checkout) not in (folder / "MLmodel").read_text()
     requirements = (folder / "requirements.txt").read_text().split()
-    assert all("==" in line for line in requirements) and any(line.startswith("torch==") for line in requirements)
+    assert all("==" in line for line in requirements) and any(
+        line.startswith("torch==") for line in requirements
+    )
 
 
 def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
@@ -184,7 +257,9 @@ def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
         (tmp_path / "folder" / name).write_text(name)
     with Repo.init(str(tmp_path), no_scm=True) as repo:
         repo.add(str(tmp_path / "folder"))
-    assert yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"][0]["md5"] == directory_md5(tmp_path / "folder")
+    assert yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"][0]["md5"] == directory_md5(
+        tmp_path / "folder"
+    )
 
 
 # The alias
@@ -192,15 +267,17 @@ def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
 
 def test_promote_moves_the_alias(store, checkout):
     rows = [store.row("one"), store.row("two")]
-    log_models(store.client, rows[0], checkout)
+    addresses(store.client, rows[0], checkout)
     write_params(checkout, {"sample.ddpm.steps": 4})
-    log_models(store.client, rows[1], checkout)
+    addresses(store.client, rows[1], checkout)
 
     def champion():
         return store.client.get_model_version_by_alias("rediffuse-ddpm", "champion").version
 
     said = promote("1", "ddpm", "champion")
-    assert champion() == 1 and "version 1" in said and rows[0].info.run_id in said and "no version had" in said
+    assert (
+        champion() == 1 and "version 1" in said and rows[0].info.run_id in said and "no version had" in said
+    )
     assert "before, version 1" in promote("2", "ddpm", "champion") and champion() == 2
     assert "as before" in promote("2", "ddpm", "champion") and champion() == 2
     with pytest.raises(UserError, match="rediffuse-ddpm has no version 9"):
@@ -210,7 +287,7 @@ def test_promote_moves_the_alias(store, checkout):
 
 def test_promote_takes_the_version_of_a_row(store, checkout):
     row, bare = store.row("good-row"), store.row("bare-row")
-    for kind, address in log_models(store.client, row, checkout).items():
+    for kind, address in addresses(store.client, row, checkout).items():
         store.client.set_tag(row.info.run_id, f"model.{kind}", address)
     promote("good-row", "vae", "candidate")
     promote(row.info.run_id, "ddpm", "champion")
@@ -233,13 +310,15 @@ def expected(store, checkout, tmp_path):
 
 @pytest.fixture
 def champion(store, checkout):
-    log_models(store.client, store.row(), checkout)
+    addresses(store.client, store.row(), checkout)
     promote("1", "ddpm", "champion")
     promote("1", "vae", "champion")
     return "models:/rediffuse-ddpm@champion"
 
 
-def test_generate_takes_model_and_settings_from_the_registry(store, checkout, champion, tmp_path, monkeypatch):
+def test_generate_takes_model_and_settings_from_the_registry(
+    store, checkout, champion, tmp_path, monkeypatch
+):
     files = expected(store, checkout, tmp_path)
     write_params(checkout, {"sample.ddpm.steps": 5})  # those of the checkout do not count
     for address in (champion, "models:/rediffuse-ddpm/1"):
@@ -270,14 +349,16 @@ def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_pa
     with monkeypatch.context() as patch:
         patch.setenv("REDIFFUSE_TRACKING", "off")
         sample_vae.main()
-    log_models(store.client, store.row(), checkout)
+    addresses(store.client, store.row(), checkout)
     generate("vae", str(tmp_path / "expected"), n=3, seed=5)
     files = [path.read_bytes() for path in sorted((tmp_path / "expected").iterdir())]
     checkout.rename(tmp_path / "gone")
     (tmp_path / "elsewhere").mkdir()
     command = [sys.executable, "-c", LOAD, "models:/rediffuse-vae/1", json.dumps({"n": 3, "seed": 5})]
     environment = clean_environment(MLFLOW_TRACKING_URI=store.uri)
-    answer = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, check=True, text=True)
+    answer = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, check=True, text=True
+    )
     found = json.loads(answer.stdout)
     assert Path(found["package"]).match("models/*/artifacts/code/rediffuse/__init__.py")
     assert [base64.b64decode(image["png"]) for image in found["images"]] == files
@@ -288,10 +369,24 @@ def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_pa
 def served(address, uri, folder):
     """`mlflow models serve` as the README says it, on a free port; ended with all that it started."""
     port, log = free_port(), folder / "serve.log"
-    command = ["mlflow", "models", "serve", "-m", address, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        address,
+        "--env-manager",
+        "local",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = clean_environment(MLFLOW_TRACKING_URI=uri)
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"), process, log)
         yield f"http://127.0.0.1:{port}/invocations"
@@ -331,7 +426,13 @@ def test_a_served_model_gives_the_bytes_that_generate_gives(store, checkout, cha
         assert [base64.b64decode(image["png"]) for image in images] == files
         status, images = ask(url, {"n": 1, "seed": 5, "label": 1}, {"n": 4, "seed": 5})  # an index; in turn
         assert status == 200 and base64.b64decode(images[0]["png"]) == files[0]
-        assert [image["label"] for image in images] == ["Ankle boot", "T-shirt/top", "Ankle boot", "Bag", "T-shirt/top"]
+        assert [image["label"] for image in images] == [
+            "Ankle boot",
+            "T-shirt/top",
+            "Ankle boot",
+            "Bag",
+            "T-shirt/top",
+        ]
         assert base64.b64decode(images[2]["png"]) == files[1]
         status, text = ask(url, {"n": 1, "seed": 5, "label": "hat"})
         assert status == 400 and "0 T-shirt/top, 1 Ankle boot, 2 Bag" in text

@@ -1,6 +1,6 @@
 """Several processes as one: what they train, draw and measure is what one process does.
 
-This file is also the program that torchrun starts here: `work` below, with one process or many, on the same tiny models.
+This file is also the program that torchrun starts here: `work` below, with one process or three.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,16 @@ import psutil
 import pytest
 import torch
 from test_training import start, workspace
-from torch import Tensor
 
-from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.step import DenoisingStep, validate
-from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.shipped import load_shipped
 from rediffuse.params import load_params
-from rediffuse.runtime import processes as distributed
+from rediffuse.runtime import processes
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.shards import draw
 from rediffuse.sampling.ddpm import ddpm_shards
 from rediffuse.training.checkpoint import Checkpoint
-from rediffuse.training.loop import Labelled, Trainer
-from rediffuse.vae.model import VAE
+from rediffuse.training.loop import Trainer
 from rediffuse.vae.objective import ELBO, training_loss
 from rediffuse.vae.step import VAEStep, measure
 from stages.train_ddpm import make_denoiser
@@ -40,7 +35,8 @@ from stages.train_vae import make_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = load_params(ROOT / "params.yaml")
-SHAPE, BATCH, STEPS = (1, 12, 12), 24, 50  # a batch that 2 and 3 processes can share
+# Three processes: the sum of two numbers does not depend on their order.
+PROCESSES, SHAPE, BATCH, STEPS = 3, (1, 12, 12), 24, 50
 TRAINING = {
     "images": BATCH * STEPS,
     "batch": BATCH,
@@ -50,141 +46,106 @@ TRAINING = {
     "validate_every": 400,
     "checkpoint_every": 10 * BATCH + 5 * BATCH // 2,  # also between two points of the curve
 }
-FREE_BITS = 0.05  # in the middle of what the dimensions have in the course of these trainings
 
 
 # The program
 
 
-class Result:
-    """What one training gave: weights, averaged weights, curves."""
+class KilledStep(DenoisingStep):
+    """Kills the second process in the middle of the first training, or the only process's training."""
 
-    def __init__(self, trainer: Trainer[Any], checkpoint: Checkpoint) -> None:
-        average, curves = trainer.train(checkpoint)
-        models = {"model": trainer.model, "average": average}
-        self.weights = {f"{of}.{name}": value.clone() for of, net in models.items() for name, value in net.state_dict().items()}
-        self.curves = curves.training + curves.validation
-
-
-def settings(group: Any, **changes: Any) -> Any:
-    """The parameters of a model with a short training."""
-    training = group.training.model_copy(update=TRAINING | changes.pop("training", {}))
-    return group.model_copy(update={"training": training} | changes)
-
-
-def pictures(count: int) -> tuple[Tensor, Tensor]:
-    """uint8 images, brighter from class to class, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 3
-    noise = torch.randint(100, (count, *SHAPE), generator=generator)
-    return (noise + 70 * labels[:, None, None, None]).to(torch.uint8), labels
-
-
-def ddpm_trainer(step: type[DenoisingStep] = DenoisingStep) -> Trainer[Denoiser]:
-    # Normalised in groups of two channels: in groups of one, the gradient of a bias before them is 0 by symmetry, and Adam would make
-    # whole steps out of its rounding.
-    params = settings(PARAMS.ddpm, T=20, width=16, loss_weight="min-snr", label_drop=0.3, training={"lr": 3e-4})
-    data = pictures(500)
-    torch.manual_seed(1)
-    model = make_denoiser(params, SHAPE, ("a", "b", "c"))
-
-    def validated(net: Denoiser, images: Tensor, labels: Tensor | None) -> dict[str, float]:
-        return validate(net, images, labels, seed=1)
-
-    return trainer_of("ddpm", model, step(**params.select(DenoisingStep)), data, data, params, validated)
-
-
-def vae_trainer(**changes: Any) -> Trainer[VAE]:
-    params = settings(PARAMS.vae, channels=[4, 8], hidden=16, latent_dim=6, kl_warmup=300, **changes)
-    train, held_out = (pictures(500)[0], None), (pictures(1200)[0], None)
-    torch.manual_seed(1)
-
-    def measured(vae: VAE, images: Tensor, labels: Tensor | None) -> dict[str, float]:
-        return measure(vae, images, labels, seed=1)
-
-    return trainer_of("vae", make_vae(params, SHAPE), VAEStep(**params.select(VAEStep)), train, held_out, params, measured)
-
-
-def trainer_of(name: str, model: Any, step: Any, train: Labelled, held_out: Labelled, params: Any, measured: Any) -> Trainer[Any]:
-    return Trainer(
-        model,
-        step,
-        train,
-        held_out,
-        params.training,
-        name=name,
-        seed=1,
-        precision="float32",
-        compile="never",
-        validate=measured,
-        log=lambda seen, values: None,
-    )
-
-
-class DyingStep(DenoisingStep):
-    """Once, the second process is killed in the middle of the training."""
-
-    def __call__(self, model: Denoiser, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-        if seen == 30 * BATCH and distributed.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __call__(self, model, images, labels, noise, seen):
+        if seen == 30 * BATCH:
+            if processes.world_size() == 1:
+                raise KeyboardInterrupt
+            if processes.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(model, images, labels, noise, seen)
 
 
-class Forgetful(Checkpoint):
-    """Nothing is kept."""
-
-    def save(self, state: dict[str, Any]) -> None:
+class NoCheckpoint(Checkpoint):
+    def save(self, state):
         pass
 
-    def load(self) -> None:
+    def load(self):
         return None
 
 
-def drawn(denoiser: Denoiser) -> Tensor:
-    with torch.inference_mode():
-        shards = ddpm_shards(denoiser, PARAMS.sample.ddpm.model_copy(update={"steps": 3}), "float32")
-        return draw(5 * 64 + 7, shards, seed=3, title="samples")
+def pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images, brighter from class to class, and labels."""
+    labels = torch.arange(count) % 3
+    noise = torch.randint(100, (count, *SHAPE), generator=torch.Generator().manual_seed(0))
+    return (noise + 70 * labels[:, None, None, None]).to(torch.uint8), labels
 
 
-def seen() -> Features:
+def trainer(name: str, step: type[DenoisingStep] = DenoisingStep) -> Trainer[Any]:
+    train, held_out = pictures(500), pictures(1200)
+    torch.manual_seed(1)
+    if name == "ddpm":
+        # Group normalisation over two channels: over one, the gradient of a bias before it is 0 by symmetry,
+        # and Adam would make whole steps out of its rounding.
+        changes = {"T": 20, "width": 16, "loss_weight": "min-snr", "label_drop": 0.3}
+        params: Any = PARAMS.ddpm.model_copy(update=changes)
+        training = params.training.model_copy(update=TRAINING | {"lr": 3e-4})
+        model: Any = make_denoiser(params, SHAPE, ("a", "b", "c"))
+        rest: Any = step(**params.select(DenoisingStep)), train, held_out
+    else:
+        # Free bits in the middle of what the dimensions have in the course of this training.
+        changes = {"channels": [4, 8], "hidden": 16, "latent_dim": 6, "kl_warmup": 300, "free_bits": 0.05}
+        params = PARAMS.vae.model_copy(update=changes)
+        training = params.training.model_copy(update=TRAINING)
+        model = make_vae(params, SHAPE)
+        rest = VAEStep(**params.select(VAEStep)), (train[0], None), (held_out[0], None)
+    measured = partial(validate if name == "ddpm" else measure, seed=1)
+    how: Any = {"name": name, "seed": 1, "precision": "float32", "compile": "never", "validate": measured}
+    return Trainer(model, *rest, training, **how)
+
+
+def trained(trainer: Trainer[Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Train; return weights, averaged weights and curves."""
+    average, curves = trainer.train(checkpoint)
+    models = {"model": trainer.model, "average": average}
+    states = {f"{of}.{key}": value for of, net in models.items() for key, value in net.state_dict().items()}
+    weights = {key: value.clone() for key, value in states.items()}
+    return {"weights": weights, "curves": curves.training + curves.validation}
+
+
+def work(folder: Path) -> dict[str, Any]:
+    """Everything that is shared among processes."""
     from rediffuse.evaluation.instruments import Instrument  # takes seconds to import
 
-    record, network = load_shipped("fashion-mnist-cnn-v1")
-    images = torch.randint(256, (1103, 1, 28, 28), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
-    return Instrument(record, network).measure(images.numpy())
-
-
-def work(folder: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Everything that is shared among processes."""
-    torch.set_num_threads(1)
-    ddpm = ddpm_trainer()
-    found = {"ddpm": Result(ddpm, Forgetful(folder))}
-    with pytest.MonkeyPatch.context() as patch:  # one bucket of gradients for a model as tiny as the DDPM, two for the VAE
+    ddpm = trainer("ddpm")
+    found: dict[str, Any] = {"ddpm": trained(ddpm, NoCheckpoint(folder))}
+    with pytest.MonkeyPatch.context() as patch:  # one bucket of gradients for the DDPM, two for the VAE
         patch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 2**10)
-        found |= {f"vae {bits}": Result(vae_trainer(free_bits=bits), Forgetful(folder)) for bits in (0.0, FREE_BITS)}
-    if resume:
-        found["resumed"] = Result(ddpm_trainer(), Checkpoint(folder / "one.pt"))
+        found["vae"] = trained(trainer("vae"), NoCheckpoint(folder))
+    if processes.world_size() > 1:
+        found["resumed"] = trained(trainer("ddpm"), Checkpoint(folder / "one.pt"))
     torch.manual_seed(2)
     for parameter in ddpm.model.parameters():  # weights that no training has rounded
         torch.nn.init.normal_(parameter, std=0.2)
-    plain: dict[str, Any] = {name: vars(result) for name, result in found.items()} | {"samples": drawn(ddpm.model.eval())}
-    if distributed.world_size() < 3:
-        plain["values"], plain["logits"] = vars(seen()).values()
-    return plain
+    settings = PARAMS.sample.ddpm.model_copy(update={"steps": 3})
+    with torch.inference_mode():
+        shards = ddpm_shards(ddpm.model.eval(), settings, "float32")
+        found["samples"] = draw(5 * 64 + 7, shards, seed=3, title="samples")
+    images = torch.randint(256, (1103, 1, 28, 28), generator=torch.Generator().manual_seed(5))
+    instrument = Instrument(*load_shipped("fashion-mnist-cnn-v1"))
+    features = instrument.measure(images.to(torch.uint8).numpy())
+    return found | {"values": features.values, "logits": features.logits}
 
 
-@distributed.process_group()
+@processes.process_group()
 def main(task: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if task == "work":
-        found: Any = work(folder, resume=True)
+        found = work(folder)
     else:
-        found = {"ddpm": vars(Result(ddpm_trainer(DyingStep), Checkpoint(folder / "dying.pt")))}
-    if distributed.is_main():
+        found = {"ddpm": trained(trainer("ddpm", KilledStep), Checkpoint(folder / "killed.pt"))}
+    if processes.is_main():
         torch.save(found, folder / "found.pt")
     else:
         assert all(len(found[name]) == 0 for name in ("samples", "values") if name in found)
-        (folder / f"curves-{distributed.rank()}").write_text(repr(found["ddpm"]["curves"]))
+        (folder / f"curves-{processes.rank()}").write_text(repr(found["ddpm"]["curves"]))
 
 
 if __name__ == "__main__":
@@ -194,8 +155,8 @@ if __name__ == "__main__":
 # The tests
 
 
-def launch(processes: int, *arguments: str, cwd: Path = ROOT, restarts: int = 0) -> subprocess.Popen[str]:
-    """Start torchrun, on this machine and heard by nobody else."""
+def launch(count: int, *arguments: str, cwd: Path = ROOT, restarts: int = 0) -> subprocess.Popen[str]:
+    """Start torchrun, reachable from this machine only."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests"))),
         "REDIFFUSE_TRACKING": "off",
@@ -203,20 +164,21 @@ def launch(processes: int, *arguments: str, cwd: Path = ROOT, restarts: int = 0)
         "GLOO_SOCKET_IFNAME": "lo",
     }
     environment.pop("DVC_ROOT", None)
-    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    options = f"--standalone --local-addr=127.0.0.1 --nproc-per-node={count} --max-restarts={restarts}"
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), *arguments]
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for success; what was said."""
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    return said
+    """Wait for success; return stderr."""
+    _, text = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    return text
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -224,190 +186,111 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
-    with one_thread():
-        return work(Path(os.devnull))
-
-
-class Interrupted(BaseException):
-    pass
-
-
-def interrupted_by_one_process(folder: Path) -> None:
-    """What a training in one process leaves behind that was killed after 30 steps."""
-
-    class Stopping(DenoisingStep):
-        def __call__(self, model: Denoiser, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-            if seen == 30 * BATCH:
-                raise Interrupted
-            return super().__call__(model, images, labels, noise, seen)
-
-    with one_thread(), pytest.raises(Interrupted):
-        ddpm_trainer(Stopping).train(Checkpoint(folder / "one.pt"))
-
-
-Found = tuple[int, dict[str, Any], str, Path]  # how many processes, what they found, what they said, and where
-
-
-def found_by(processes: int, folder: Path) -> Found:
-    interrupted_by_one_process(folder)
-    said = finish(launch(processes, __file__, "work", str(folder)))
-    return processes, torch.load(folder / "found.pt", weights_only=False), said, folder
+def one(one_thread):
+    return work(Path(os.devnull))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found_by(2, tmp_path_factory.mktemp("two"))
+def three(one_thread, tmp_path_factory):
+    """What three processes found, also from a checkpoint of one process; their stderr; their folder."""
+    folder = tmp_path_factory.mktemp("three")
+    with pytest.raises(KeyboardInterrupt):
+        trainer("ddpm", KilledStep).train(Checkpoint(folder / "one.pt"))
+    text = finish(launch(PROCESSES, __file__, "work", str(folder)))
+    return torch.load(folder / "found.pt", weights_only=False), text, folder
 
 
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found_by(3, tmp_path_factory.mktemp("three"))
-
-
-@pytest.fixture(params=["two", "three"])
-def several(request: pytest.FixtureRequest) -> Found:
-    found: Found = request.getfixturevalue(request.param)
-    return found
-
-
-def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["weights"].keys() == expected["weights"].keys()
-    for name, value in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+@pytest.mark.parametrize("name", ["ddpm", "vae", "resumed"])
+def test_losses_and_weights_of_50_steps_are_those_of_one_process(one, three, name):
+    """Also if one process made the first 25 steps, and several continue its checkpoint."""
+    found, expected = three[0][name], one["ddpm" if name == "resumed" else name]
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
     assert len(found["curves"]) == len(expected["curves"]) == STEPS + 3
     for row, other in zip(found["curves"], expected["curves"], strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("training", ["ddpm", "vae 0.0", f"vae {FREE_BITS}", "resumed"])
-def test_losses_and_weights_of_50_steps_are_those_of_one_process(one, several, training):
-    """Also where the first 25 of the steps were made by one process: its checkpoint is continued by several."""
-    _, found, _, _ = several
-    assert_close(found[training], one["ddpm" if training == "resumed" else training])
+def test_all_processes_know_the_curves_and_the_first_reports(three):
+    found, text, folder = three
+    others = [(folder / f"curves-{rank}").read_text() for rank in range(1, PROCESSES)]
+    assert others == [repr(found["ddpm"]["curves"])] * (PROCESSES - 1)
+    assert text.count("the checkpoint was written by 1 process") == 1
+    assert text.count("train ddpm:   0%") == 1
 
 
-def test_every_process_knows_the_same_curves(several):
-    processes, found, _, folder = several
-    others = [(folder / f"curves-{rank}").read_text() for rank in range(1, processes)]
-    assert others == [repr(found["ddpm"]["curves"])] * (processes - 1)
-
-
-def test_free_bits_make_a_difference_here(one):
-    """Else the test above would say nothing of them: some dimensions below the limit, some above."""
-    weights = [one[f"vae {bits}"]["weights"]["model.mean.weight"] for bits in (0.0, FREE_BITS)]
-    assert not torch.allclose(*weights, atol=1e-3)
-
-
-def test_samples_and_features_are_the_same_to_the_last_bit(one, several):
-    processes, found, _, _ = several
-    assert one["samples"].shape == (5 * 64 + 7, *SHAPE) and len(one["values"]) == len(one["logits"]) == 1103
-    assert torch.equal(found["samples"], one["samples"])
-    if processes == 2:  # of 3 the third would have nothing to tell that is not told by the samples
-        assert torch.equal(found["values"], one["values"]) and torch.equal(found["logits"], one["logits"])
-
-
-def test_continuing_with_another_number_of_processes_is_said_once(several):
-    processes, _, said, _ = several
-    words = f"the checkpoint was written by 1 process with 1 thread and is continued by {processes} processes with 1 thread"
-    assert said.count(words) == 1
-
-
-def test_the_first_process_alone_shows_its_progress(several):
-    _, _, said, _ = several
-    assert said.count("train ddpm:   0%") == 1 and said.count("600/1200 [00:00<?") == 1  # the whole training, and the resumed one
+@pytest.mark.parametrize("name", ["samples", "values", "logits"])
+def test_samples_and_features_are_the_same_to_the_last_bit(one, three, name):
+    assert len(one[name]) in (5 * 64 + 7, 1103) and torch.equal(three[0][name], one[name])
 
 
 # Processes that die
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_a_restart_continues_from_the_checkpoint(several, tmp_path):
-    """kill -9 of the second process: torchrun starts all again, and the bytes are those of an undisturbed run of as many.
-
-    Of 3, because the sum of 2 numbers does not depend on their order, and so would not tell where in a bucket a gradient lies.
-    """
-    processes, undisturbed, _, _ = several
-    said = finish(launch(processes, __file__, "dying", str(tmp_path), restarts=1))
+def test_a_killed_process_ends_the_job_and_a_restart_continues_from_the_checkpoint(three, tmp_path):
+    """kill -9 of the second process: torchrun restarts all; the bytes are those of an undisturbed run."""
+    undisturbed = three[0]["ddpm"]
+    text = finish(launch(PROCESSES, __file__, "killed", str(tmp_path), restarts=1))
     found = torch.load(tmp_path / "found.pt", weights_only=False)["ddpm"]
-    assert "exitcode: -9" in said or "SIGKILL" in said, said
-    assert found["curves"] == undisturbed["ddpm"]["curves"]
-    assert [name for name, value in undisturbed["ddpm"]["weights"].items() if not torch.equal(found["weights"][name], value)] == []
-
-
-def small_workspace(folder: Path, *, images: str = "images: 5000\n", batch: str = "batch: 16\n") -> Path:
-    """That of test_training.py with these lines in params.yaml."""
-    file = workspace(folder) / "params.yaml"
-    file.write_text(file.read_text().replace("images: 5000\n", images).replace("batch: 16\n", batch))
-    return folder
-
-
-def trainer_processes(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(job.pid).children(recursive=True) if "stages.train_vae" in child.cmdline()]
+    assert "exitcode: -9" in text or "SIGKILL" in text, text
+    assert found["curves"] == undisturbed["curves"]
+    torch.testing.assert_close(found["weights"], undisturbed["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.slow
-def test_a_stage_whose_process_is_killed_says_so_and_goes_on_with_one_process(tmp_path):
-    """Through the very stage that DVC runs.  One process finds the checkpoint of two by its name."""
-    folder = small_workspace(tmp_path / "checkout", images="images: 960\n")
+def test_a_stage_whose_process_is_killed_fails_and_continues_with_one_process(tmp_path):
+    """Through the stage that DVC runs.  One process finds the checkpoint of two by its name."""
+    folder = workspace(tmp_path / "checkout")
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("images: 5000\n", "images: 960\n"))
     job = launch(2, "-m", "stages.train_vae", cwd=folder)
     while not list((folder / ".dvc/tmp/checkpoints").glob("*.pt")):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
-    trainer_processes(job)[-1].kill()
-    _, said = job.communicate(timeout=200)
-    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said, said
+    children = psutil.Process(job.pid).children(recursive=True)
+    [child for child in children if "stages.train_vae" in child.cmdline()][-1].kill()
+    _, text = job.communicate(timeout=200)
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in text, text
     assert not (folder / "data/models").exists()
-
-    said = finish(start("train_vae", folder))
-    assert said.count("the checkpoint was written by 2 processes with 1 thread and is continued by 1 process with") == 1
-    assert (folder / "data/models/vae/model.safetensors").is_file() and (folder / "metrics/train_vae.json").is_file()
-
-
-@pytest.mark.slow
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    folder = small_workspace(tmp_path / "checkout", batch="batch: 15\n")
-    job = launch(2, "-m", "stages.train_vae", cwd=folder)
-    _, said = job.communicate(timeout=200)
-    assert job.returncode != 0
-    assert "error: vae.training.batch (15) is shared among all processes" in said
-    assert "must be a multiple of their number, which is 2: set it to 14 or 16, or start another number of processes (launcher)" in said
+    text = finish(start("train_vae", folder))
+    assert text.count("the checkpoint was written by 2 processes with 1 thread") == 1
+    assert (folder / "data/models/vae/model.safetensors").is_file()
 
 
 # The parts, with several processes played by one
 
 
-@pytest.mark.parametrize(("batch", "processes", "advice"), [(64, 3, "63 or 66"), (2, 8, "8"), (7, 2, "6 or 8")])
-def test_the_refusal_of_a_batch_names_batches_that_fit(monkeypatch, batch, processes, advice):
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    with pytest.raises(UserError, match=f"set it to {advice}, or start") as caught:
-        distributed.share_of_batch(batch, "vae.training.batch")
-    for number in map(int, advice.split(" or ")):
-        assert number % processes == 0 and str(number) in str(caught.value)
+@pytest.mark.parametrize(("batch", "count", "advice"), [(64, 3, "63 or 66"), (2, 8, "8"), (7, 2, "6 or 8")])
+def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_fit(monkeypatch, batch, count, advice):
+    monkeypatch.setattr(processes, "world_size", lambda: count)
+    words = rf"vae.training.batch \({batch}\) .* {count}: set it to {advice}, or .*launcher"
+    with pytest.raises(UserError, match=words):
+        processes.share_of_batch(batch, "vae.training.batch")
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_shares_and_deals_cover_everything_once(monkeypatch, processes):
-    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_cover_everything_once(monkeypatch, count):
+    monkeypatch.setattr(processes, "world_size", lambda: count)
     rows, numbers = [], []
-    for rank in range(processes):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        rows += list(range(48))[distributed.share_of_batch(48, "batch")]
-        numbers += distributed.my_share(10)
+    for rank in range(count):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        rows += list(range(48))[processes.share_of_batch(48, "batch")]
+        numbers += processes.my_share(10)
     assert rows == list(range(48)) and sorted(numbers) == list(range(10))
 
 
-def test_free_bits_look_at_the_whole_batch():
-    """Halves whose own means lie on either side of the limit: gradients are those of the whole batch, not of each half alone."""
-    kl = torch.tensor([[0.1, 0.4], [0.1, 0.4], [0.6, 0.2], [0.6, 0.2]])  # means 0.35 and 0.3; of the halves 0.1, 0.4 and 0.6, 0.2
+def test_free_bits_depend_on_the_whole_batch():
+    """Halves whose means lie on either side of the limit get the gradients of the whole batch."""
+    kl = torch.tensor([[0.1, 0.4], [0.1, 0.4], [0.6, 0.2], [0.6, 0.2]])  # means 0.35 and 0.3
+
+    def loss_of(part, mean_of_all=lambda kl: kl):
+        terms = ELBO(torch.zeros(len(part)), part)
+        return training_loss(terms, kl_weight=2.0, free_bits=0.32, mean_of_all=mean_of_all)
+
     whole = kl.clone().requires_grad_()
-    training_loss(ELBO(torch.zeros(4), whole), kl_weight=2.0, free_bits=0.32).backward()  # type: ignore[no-untyped-call]
-    gradients, losses = [], []
-    for half in kl.split(2):
-        part = half.clone().requires_grad_()
-        loss = training_loss(ELBO(torch.zeros(2), part), kl_weight=2.0, free_bits=0.32, mean_of_all=lambda _: kl.mean(0))
-        loss.backward()
-        gradients.append(part.grad / 2)  # the mean over two processes
-        losses.append(loss.item())
-    torch.testing.assert_close(torch.cat(gradients), whole.grad)
-    assert sum(losses) / 2 == pytest.approx(2 * (0.35 + 0.32))
+    loss_of(whole).backward()
+    halves = [half.clone().requires_grad_() for half in kl.split(2)]
+    losses = [loss_of(half, lambda _: kl.mean(0)) for half in halves]
+    sum(losses).backward()
+    torch.testing.assert_close(torch.cat([half.grad / 2 for half in halves]), whole.grad)
+    assert sum(losses).item() / 2 == pytest.approx(2 * (0.35 + 0.32))

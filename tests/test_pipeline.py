@@ -1,4 +1,6 @@
-"""The pipeline as a user runs it: a fresh checkout, real Fashion-MNIST, real DVC and MLflow; only the models are tiny."""
+"""The pipeline as a user runs it: a fresh checkout, real Fashion-MNIST, real DVC and MLflow; only the models
+are tiny.
+"""
 
 import hashlib
 import json
@@ -25,34 +27,37 @@ TINY = {
     "sample": {"n": 256, "seeds": [1, 2]},
     "evaluate": {"kid_subsets": 10, "kid_subset_size": 64, "accuracy_images": 2000},
 }
-PICTURES = {  # in a row of MLflow, by key
-    "ddpm~noising",
-    "ddpm~denoising",
-    "ddpm~samples",
-    "ddpm~scores",
-    "ddpm~classes",
-    "ddpm~neighbours",
-    "vae~samples",
-    "vae~latent",
-    "vae~interpolation",
-    "vae~reconstructions",
-    "vae~scores",
-    "vae~classes",
-    "vae~neighbours",
+# In metrics/report, and in a row of MLflow, by key.
+PICTURES = {
+    *("ddpm~noising", "ddpm~denoising", "vae~latent", "vae~interpolation", "vae~reconstructions"),
+    *(
+        f"{model}~{name}"
+        for model in ("vae", "ddpm")
+        for name in ("samples", "scores", "classes", "neighbours")
+    ),
 }
-SHORT = {"images": 2560, "batch": 64, "lr_warmup": 640, "log_every": 640, "validate_every": 1280, "checkpoint_every": 640}
+TRAINING = {"vae~training", "ddpm~training"}  # in a row, if the model was trained for it
+SHORT = {"images": 2560, "batch": 64, "lr_warmup": 640, "log_every": 640}
+SHORT |= {"validate_every": 1280, "checkpoint_every": 640}
 
 pytestmark = pytest.mark.slow
 
 
 def run(checkout, *command, check=True, **variables):
-    """A command in the checkout with the environment of an activated .venv, and nothing else that could steer DVC or MLflow."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))}
+    """Run a command in the checkout as in an activated .venv, without variables that steer DVC or MLflow."""
+    foreign = ("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment |= {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    done = subprocess.run(command, cwd=checkout, env=environment | variables, text=True, capture_output=True, timeout=600)
+    environment |= {
+        f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    done = subprocess.run(
+        command, cwd=checkout, env=environment | variables, text=True, capture_output=True, timeout=600
+    )
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        raise AssertionError(
+            f"{' '.join(command)} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        )
     return done
 
 
@@ -66,7 +71,9 @@ def checkout(tmp_path_factory, fashion_mnist):
     """A committed checkout of the working tree with tiny models, run once by `dvc repro`."""
     folder = tmp_path_factory.mktemp("pipeline") / "checkout"
     folder.mkdir()
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(None, tracked):
         # Results of the full run belong to other parameters.
         if (ROOT / name).is_file() and not name.startswith("metrics/") and name != "dvc.lock":
@@ -94,7 +101,9 @@ def rows(checkout):
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{checkout}/.mlflow/mlflow.db")
-    return client, client.search_runs([client.get_experiment_by_name("rediffuse").experiment_id], order_by=["attributes.start_time ASC"])
+    return client, client.search_runs(
+        [client.get_experiment_by_name("rediffuse").experiment_id], order_by=["attributes.start_time ASC"]
+    )
 
 
 def numbers(checkout):
@@ -103,7 +112,10 @@ def numbers(checkout):
 
 def pictures(client, row):
     """The keys of the row's pictures."""
-    return {Path(artifact.path).name.split("+")[0] for artifact in client.list_artifacts(row.info.run_id, "images")}
+    return {
+        Path(artifact.path).name.split("+")[0]
+        for artifact in client.list_artifacts(row.info.run_id, "images")
+    }
 
 
 def restore(checkout):
@@ -123,36 +135,70 @@ def test_results_are_complete_and_plausible(checkout):
         assert 1 <= score["is"] <= 10
         samples = checkout / "data/samples" / model
         sets = [np.load(samples / str(seed) / "images.npy") for seed in (1, 2)]
-        assert {images.shape for images in sets} == {(256, 1, 28, 28)} and {images.dtype for images in sets} == {np.dtype(np.uint8)}
+        assert {images.shape for images in sets} == {(256, 1, 28, 28)} and {
+            images.dtype for images in sets
+        } == {np.dtype(np.uint8)}
         assert not (sets[0] == sets[1]).all()
         assert (samples / "1/labels.npy").exists() == (model == "ddpm")
     assert np.load(checkout / "data/samples/vae/reconstructions/images.npy").shape == (256, 1, 28, 28)
-    assert np.load(checkout / "data/samples/ddpm/1/labels.npy").tolist() == [index % 10 for index in range(256)]
+    assert np.load(checkout / "data/samples/ddpm/1/labels.npy").tolist() == [
+        index % 10 for index in range(256)
+    ]
     made = {f"{path.parent.name}~{path.stem}" for path in (checkout / "metrics").rglob("*.png")}
-    assert made == PICTURES == {f"{path.parent.name}~{path.stem}" for path in (checkout / "metrics/report").rglob("*.png")}
+    assert (
+        made
+        == PICTURES
+        == {f"{path.parent.name}~{path.stem}" for path in (checkout / "metrics/report").rglob("*.png")}
+    )
 
 
 def test_full_records_say_what_a_comparison_must_know(checkout):
-    """Instrument and hash, N, reference and hash, rounding, sampler, seeds, and the rows between floor and ceiling."""
-    reference, vae, ddpm = (json.loads((checkout / f"metrics/evaluation/{name}.json").read_text()) for name in ("reference", "vae", "ddpm"))
+    """Instrument and hash, N, reference and hash, rounding, sampler, seeds, and the rows between floor and
+    ceiling.
+    """
+    reference, vae, ddpm = (
+        json.loads((checkout / f"metrics/evaluation/{name}.json").read_text())
+        for name in ("reference", "vae", "ddpm")
+    )
     manifest = json.loads((checkout / "data/pixels/manifest.json").read_text())
     weights = (checkout / f"src/rediffuse/evaluation/weights/{INSTRUMENT}.safetensors").read_bytes()
     for record in (vae, ddpm):
-        assert record["sampling"]["n"] == 256 and record["sampling"]["seeds"] == [1, 2] and record["sampling"]["rounding"]
+        assert (
+            record["sampling"]["n"] == 256
+            and record["sampling"]["seeds"] == [1, 2]
+            and record["sampling"]["rounding"]
+        )
         assert record["reference"]["sha256"] == manifest["splits"]["test"]["sha256"]["images"]
         assert record["settings"] == reference["settings"]
         part = record["instruments"][INSTRUMENT]
         assert part["instrument"]["sha256"] == hashlib.sha256(weights).hexdigest()
         assert len(part["scores"]["fd"]["values"]) == 2
         assert len(record["instruments"]) == 2
-    assert ddpm["sampling"]["sampler"] == "sde-dpm-solver++" and ddpm["sampling"]["steps"] == 5 and ddpm["sampling"]["ema_half_life"]
-    assert ddpm["instruments"][INSTRUMENT]["classes"]["by"] == "label" and vae["instruments"][INSTRUMENT]["classes"]["by"] == "predicted"
+    assert (
+        ddpm["sampling"]["sampler"] == "sde-dpm-solver++"
+        and ddpm["sampling"]["steps"] == 5
+        and ddpm["sampling"]["ema_half_life"]
+    )
+    assert (
+        ddpm["instruments"][INSTRUMENT]["classes"]["by"] == "label"
+        and vae["instruments"][INSTRUMENT]["classes"]["by"] == "predicted"
+    )
     assert {"accuracy_score", "label_accuracy"} <= set(ddpm) and "accuracy_score" not in vae
     assert "reconstructions" in vae["instruments"][INSTRUMENT]
     for part in reference["instruments"].values():
-        fd = {name: row["fd"] if name != "train" else row["fd"]["mean"] for name, row in part["rows"].items() if "fd" in row}
-        assert fd["train"] < fd["pixel_marginals"] and fd["train"] < fd["noise"] and fd["train"] < fd["mean_image"]
-    assert reference["memorisation"]["train"]["duplicates"] == 1  # the training set posing as a generator: a perfect distance, and caught
+        fd = {
+            name: row["fd"] if name != "train" else row["fd"]["mean"]
+            for name, row in part["rows"].items()
+            if "fd" in row
+        }
+        assert (
+            fd["train"] < fd["pixel_marginals"]
+            and fd["train"] < fd["noise"]
+            and fd["train"] < fd["mean_image"]
+        )
+    assert (
+        reference["memorisation"]["train"]["duplicates"] == 1
+    )  # the training set posing as a generator: a perfect distance, and caught
     assert reference["memorisation"]["train"]["authentic"] == 0
 
 
@@ -176,10 +222,27 @@ def test_repro_leaves_one_row_with_parameters_metrics_curves_and_pictures(checko
     for model in ("vae", "ddpm"):
         fd = numbers(checkout)[f"{model}.json"][INSTRUMENT]["fd"]
         assert row.data.metrics[f"{model}/{INSTRUMENT}/fd"] == fd
-    assert [point.step for point in client.get_metric_history(row.info.run_id, "ddpm/loss")] == [640, 1280, 1920, 2560]
-    assert pictures(client, row) == PICTURES
+    steps = [point.step for point in client.get_metric_history(row.info.run_id, "ddpm/loss")]
+    assert steps == [640, 1280, 1920, 2560]
+    assert pictures(client, row) == PICTURES | TRAINING
+    files = [Path(file.path).name for file in client.list_artifacts(row.info.run_id, "images")]
+    slider = {name.split("+")[2] for name in files if name.startswith("ddpm~training+step+")}
+    assert slider == {"1280", "2560"}
     records = {Path(file.path).name for file in client.list_artifacts(row.info.run_id, "metrics/evaluation")}
     assert records == {"reference.json", "vae.json", "ddpm.json"}
+
+
+def test_models_can_be_ranked_by_the_primary_metric(checkout):
+    client, (row, *_) = rows(checkout)
+    experiment = client.get_experiment_by_name("rediffuse")
+    name = experiment.tags["mlflow.experiment.primaryMetric.name"]
+    assert name == f"ddpm/{INSTRUMENT}/fd"
+    models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
+    (metric,) = [metric for metric in models["ddpm"].metrics if metric.key == name]
+    (entry,) = row.inputs.dataset_inputs
+    assert metric.value == row.data.metrics[name] and metric.run_id == row.info.run_id
+    assert (metric.dataset_name, metric.dataset_digest) == (entry.dataset.name, entry.dataset.digest)
+    assert any(metric.key == f"vae/{INSTRUMENT}/fd" for metric in models["vae"].metrics)
 
 
 def test_the_row_is_rebuilt_exactly_in_a_fresh_clone_that_does_not_track(checkout):
@@ -190,7 +253,9 @@ def test_the_row_is_rebuilt_exactly_in_a_fresh_clone_that_does_not_track(checkou
     assert done.stdout.splitlines()[-1] == "exact"
     outputs = [out["path"] for stage in yaml.safe_load(before)["stages"].values() for out in stage["outs"]]
     compared = [line for line in done.stdout.splitlines() if line.endswith("same")]
-    assert len(compared) == len(outputs) > len(STAGES) and all(any(out in line.split() for line in compared) for out in outputs)
+    assert len(compared) == len(outputs) > len(STAGES) and all(
+        any(out in line.split() for line in compared) for out in outputs
+    )
     (row,) = rows(checkout)[1]
     assert row.data.tags["rebuild.verdict"] == "exact"
     assert (checkout / "dvc.lock").read_bytes() == before
@@ -200,7 +265,9 @@ def test_the_row_is_rebuilt_exactly_in_a_fresh_clone_that_does_not_track(checkou
 @pytest.fixture(scope="module")
 def experiment(checkout):
     """`dvc exp run -S ddpm.T=1000 -n longer`, the results of which are in the workspace afterwards."""
-    done = run(checkout, "dvc", "exp", "run", "-n", "longer", "-S", "ddpm.T=1000", "-S", "ddpm.training.lr=1e-5")
+    done = run(
+        checkout, "dvc", "exp", "run", "-n", "longer", "-S", "ddpm.T=1000", "-S", "ddpm.training.lr=1e-5"
+    )
     return stages_run(done.stdout)
 
 
@@ -227,19 +294,22 @@ def test_the_row_of_an_experiment_is_complete_though_most_stages_were_cached(che
     row, base = by_name["longer"], found[0]
     assert row.data.params["ddpm.T"] == "1000"
     assert row.data.params["ddpm.training.lr"] == "1e-05"
-    names, base_names = ({name for name in r.data.metrics if not name.startswith(("seconds/", "system/"))} for r in (row, base))
+    names, base_names = (
+        {name for name in r.data.metrics if not name.startswith(("seconds/", "system/"))} for r in (row, base)
+    )
     assert names == base_names
     assert row.data.metrics[f"vae/{INSTRUMENT}/fd"] == base.data.metrics[f"vae/{INSTRUMENT}/fd"]
     assert row.data.metrics[f"ddpm/{INSTRUMENT}/fd"] == numbers(checkout)["ddpm.json"][INSTRUMENT]["fd"]
-    assert pictures(client, row) == PICTURES
+    assert pictures(client, row) == PICTURES | {"ddpm~training"}
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ddpm.T=0", "ddpm.T: input should be greater than or equal to 2, got 0"),
-        ("ddpm.T=abc", "ddpm.T: input should be a valid integer, got 'abc'"),
-        ("ddpm.schedule=cubic", "ddpm.schedule: input should be 'linear', 'cosine' or 'sigmoid', got 'cubic'"),
+        (
+            "ddpm.schedule=cubic",
+            "ddpm.schedule: input should be 'linear', 'cosine' or 'sigmoid', got 'cubic'",
+        ),
         ("+ddpm.typo=1", "ddpm.typo is not a parameter"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The README against the repository: its links lead somewhere, its commands exist.  (Its figures: tests/check_results.py.)"""
+"""Links of README and docs lead somewhere; the README's commands exist."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
 def test_links_lead_to_files(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     assert links or path.name != "README.md"

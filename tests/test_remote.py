@@ -1,4 +1,6 @@
-"""Results shared between two clones: experiments over git, data over a remote that speaks S3's protocol (moto's server)."""
+"""Results shared between two clones: experiments over git, data over a remote that speaks S3's protocol
+(moto's server).
+"""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +27,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def first(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The clone in which everything was computed and from which everything was pushed: the baseline and an experiment."""
+    """The clone in which everything was computed and from which everything was pushed: the baseline and an
+    experiment.
+    """
     folder = tmp_path_factory.mktemp("team")
     clone = make_project(folder / "first", **CREDENTIALS)
     clone.git("init", "-q", "--bare", "-b", "main", str(folder / "team.git"))
@@ -55,7 +59,14 @@ def second(first: Checkout) -> Checkout:
 @pytest.fixture
 def in_second(second: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second clone as working directory of this process."""
-    for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING"):
+    for name in (
+        "DVC_ROOT",
+        "DVC_STAGE",
+        "DVC_EXP_NAME",
+        "DVC_EXP_BASELINE_REV",
+        "MLFLOW_TRACKING_URI",
+        "REDIFFUSE_TRACKING",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(second.root)
 
@@ -92,7 +103,9 @@ def test_experiment_pulled_elsewhere_runs_nothing(second: Checkout) -> None:
     assert (second.root / "data/samples/ddpm/images.bin").read_bytes() == (1000).to_bytes(4, "big") * 1000
 
 
-def test_sync_gives_the_second_clone_the_rows_of_the_first(first: Checkout, second: Checkout, in_second: None) -> None:
+def test_sync_gives_the_second_clone_the_rows_of_the_first(
+    first: Checkout, second: Checkout, in_second: None
+) -> None:
     second.git("checkout", "-q", "--", ".")  # what the experiment has put there
     second.dvc("pull")
     assert {outcome.what for outcome in sync(every=True)} == {"made"}

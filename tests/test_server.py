@@ -11,7 +11,17 @@ from typing import Any
 import psycopg
 import pytest
 from servers import TrackingServer, postgresql, tracking_server
-from tracked_project import PROJECT, STEPS, Checkout, expected_metrics, finish, make_project, pictures_of, results_of, wait_for
+from tracked_project import (
+    PROJECT,
+    STEPS,
+    Checkout,
+    expected_metrics,
+    finish,
+    make_project,
+    pictures_of,
+    results_of,
+    wait_for,
+)
 
 from rediffuse.params import flatten, load_params
 from rediffuse.tracking.store import connect
@@ -38,7 +48,9 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def project(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The checkout whose stages write to the server, after `dvc repro` and the experiment "larger" with ddpm.T=1000."""
+    """The checkout whose stages write to the server, after `dvc repro` and the experiment "larger" with
+    ddpm.T=1000.
+    """
     checkout = make_project(tmp_path_factory.mktemp("project") / "project", MLFLOW_TRACKING_URI=server.uri)
     said = checkout.dvc("repro")
     assert LOST not in said
@@ -56,7 +68,14 @@ def here(project: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPa
 
 
 def move_to(checkout: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "REDIFFUSE_TRACKING", "RANK"):
+    for name in (
+        "DVC_ROOT",
+        "DVC_STAGE",
+        "DVC_EXP_NAME",
+        "DVC_EXP_BASELINE_REV",
+        "REDIFFUSE_TRACKING",
+        "RANK",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.chdir(checkout.root)
@@ -65,7 +84,13 @@ def move_to(checkout: Checkout, server: TrackingServer, monkeypatch: pytest.Monk
 def rows_named(server: TrackingServer, prefix: str) -> list[Any]:
     client = connect(server.uri)
     found = client.get_experiment_by_name("rediffuse")
-    return list(client.search_runs([found.experiment_id], f"attributes.run_name LIKE '{prefix}%'", order_by=["attributes.start_time ASC"]))
+    return list(
+        client.search_runs(
+            [found.experiment_id],
+            f"attributes.run_name LIKE '{prefix}%'",
+            order_by=["attributes.start_time ASC"],
+        )
+    )
 
 
 def only_row(server: TrackingServer, name: str) -> Any:
@@ -78,7 +103,8 @@ def ask(database: str, query: str, *values: object) -> list[tuple[Any, ...]]:
         return connection.execute(query, values).fetchall()
 
 
-# One process of two: stages (stage, experiment, value), each begun and held open at the same moment as the other's.
+# One process of two: stages (stage, experiment, value), each begun and held open at the same moment as the
+# other's.
 HELD = """
 import json, os, sys, time
 from pathlib import Path
@@ -98,7 +124,7 @@ for number, (stage, experiment, value) in enumerate(stages):
             run.log_curve(images, {f"{stage[6:]}/loss": value + images})
         (folder / me).mkdir(exist_ok=True)
         (folder / me / f"{stage}.json").write_text(json.dumps({"end": value}))
-        run.log_results(folder / me / f"{stage}.json")
+        run._open_row().log_results([folder / me / f"{stage}.json"])
         meet(2 * number + 1)
 """
 PAIRS = ["pair0", "pair1", "pair2"]
@@ -106,13 +132,19 @@ PAIRS = ["pair0", "pair1", "pair2"]
 
 @pytest.fixture(scope="module")
 def together(project: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Two processes at once: with an experiment each, and then, three times, with another stage each of one experiment."""
+    """Two processes at once: with an experiment each, and then, three times, with another stage each of one
+    experiment.
+    """
     folder = str(tmp_path_factory.mktemp("together"))
-    # Of stages that are not in dvc.lock: what stands there would complete the row of one that ends with these outputs.
+    # Of stages that are not in dvc.lock: what stands there would complete the row of one that ends with these
+    # outputs.
     one = [("train_vae", "left", 1000), *(("train_vae", name, 3000) for name in PAIRS)]
     two = [("train_gan", "right", 2000), *(("train_gan", name, 4000) for name in PAIRS)]
     both = [("a", "b", one), ("b", "a", two)]
-    processes = [project.start("python", "-c", HELD, me, other, folder, json.dumps(stages)) for me, other, stages in both]
+    processes = [
+        project.start("python", "-c", HELD, me, other, folder, json.dumps(stages))
+        for me, other, stages in both
+    ]
     try:
         for process in processes:
             assert LOST not in finish(process)
@@ -121,7 +153,9 @@ def together(project: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Non
             process.kill()
 
 
-def test_row_is_complete_on_the_server_in_the_database_and_in_its_files(project: Checkout, server: TrackingServer, database: str) -> None:
+def test_row_is_complete_on_the_server_in_the_database_and_in_its_files(
+    project: Checkout, server: TrackingServer, database: str
+) -> None:
     client = connect(server.uri)
     for row, T in ((only_row(server, "repro-"), 500), (only_row(server, "larger"), 1000)):
         assert row.info.status == "FINISHED"
@@ -132,14 +166,25 @@ def test_row_is_complete_on_the_server_in_the_database_and_in_its_files(project:
         assert ask(database, "SELECT count(*) FROM params WHERE run_uuid = %s", run_id) == [
             (len(flatten(load_params(PROJECT / "params.yaml"))),)
         ]
-        curve = ask(database, "SELECT step, value FROM metrics WHERE run_uuid = %s AND key = 'ddpm/loss' ORDER BY step", run_id)
+        curve = ask(
+            database,
+            "SELECT step, value FROM metrics WHERE run_uuid = %s AND key = 'ddpm/loss' ORDER BY step",
+            run_id,
+        )
         assert curve == [(images, T / (1 + images)) for images in STEPS]
-        # MLflow gives the address mlflow-artifacts:, never the folder, so that no other machine looks for it on its own disk.
+        # MLflow gives the address mlflow-artifacts:, never the folder, so that no other machine looks for it
+        # on its own disk.
         assert row.info.artifact_uri.startswith("mlflow-artifacts:/")
         (folder,) = server.folder.glob(f"artifacts/*/{run_id}/artifacts")
         assert (folder / "metrics" / "ddpm.json").read_text() == f'{{"fd": {T / 10}}}'
-        assert {path.name for path in (folder / "recipe").iterdir()} >= {"params.yaml", "dvc.yaml", "dvc.lock"}
-    assert {entry.name for entry in project.root.iterdir()}.isdisjoint({".mlflow", "mlruns", "mlartifacts", "mlflow.db"})
+        assert {path.name for path in (folder / "recipe").iterdir()} >= {
+            "params.yaml",
+            "dvc.yaml",
+            "dvc.lock",
+        }
+    assert {entry.name for entry in project.root.iterdir()}.isdisjoint(
+        {".mlflow", "mlruns", "mlartifacts", "mlflow.db"}
+    )
 
 
 def test_two_experiments_at_once_do_not_mix(together: None, server: TrackingServer) -> None:
@@ -149,20 +194,34 @@ def test_two_experiments_at_once_do_not_mix(together: None, server: TrackingServ
         assert row.info.status == "FINISHED" and row.data.tags[f"stage.train_{model}.status"] == "finished"
         assert results_of(row) == {f"{model}/loss": value + 49, f"train_{model}/end": value}
         points = client.get_metric_history(row.info.run_id, f"{model}/loss")
-        assert sorted((point.step, point.value) for point in points) == [(images, value + images) for images in range(50)]
+        assert sorted((point.step, point.value) for point in points) == [
+            (images, value + images) for images in range(50)
+        ]
 
 
-def test_stages_of_one_experiment_that_start_together_share_one_row(together: None, server: TrackingServer) -> None:
+def test_stages_of_one_experiment_that_start_together_share_one_row(
+    together: None, server: TrackingServer
+) -> None:
     rows = rows_named(server, "pair")
     assert [row.info.run_name for row in rows] == PAIRS
     for row in rows:
-        assert results_of(row) == {"vae/loss": 3049.0, "train_vae/end": 3000.0, "gan/loss": 4049.0, "train_gan/end": 4000.0}
-        assert row.data.tags["stage.train_vae.status"] == row.data.tags["stage.train_gan.status"] == "finished"
+        assert results_of(row) == {
+            "vae/loss": 3049.0,
+            "train_vae/end": 3000.0,
+            "gan/loss": 4049.0,
+            "train_gan/end": 4000.0,
+        }
+        assert (
+            row.data.tags["stage.train_vae.status"] == row.data.tags["stage.train_gan.status"] == "finished"
+        )
 
 
-def lose_server(project: Checkout, folder: Path, lose: Callable[[], None], *command: str, **variables: str) -> tuple[str, float]:
-    """Run the command, and lose the server while its first stage trains: what it says on stderr, and the seconds from then to the
-    end of the stage.  The command must succeed."""
+def lose_server(
+    project: Checkout, folder: Path, lose: Callable[[], None], *command: str, **variables: str
+) -> tuple[str, float]:
+    """Run the command, and lose the server while its first stage trains: what it says on stderr, and the
+    seconds from then to the end of the stage.  The command must succeed.
+    """
     process = project.start(*command, TOY_PAUSE=str(folder), **variables)
     try:
         wait_for(folder / "waiting")
@@ -183,17 +242,26 @@ def test_server_killed_in_mid_stage_costs_one_line_and_sync_adds_what_was_missed
         complained, seconds = lose_server(project, tmp_path, server.kill, *command)
     finally:
         server.start()
-    assert [line.split(LOST)[1].split()[0] for line in complained.splitlines() if LOST in line] == ["train_ddpm,"]
+    assert [line.split(LOST)[1].split()[0] for line in complained.splitlines() if LOST in line] == [
+        "train_ddpm,"
+    ]
     assert seconds < LONGEST_WAIT
     row = only_row(server, "bereaved")
-    assert row.info.status == "RUNNING" and set(results_of(row)) <= {"train_ddpm/half", "ddpm/loss"}  # the last that was heard
+    assert row.info.status == "RUNNING" and set(results_of(row)) <= {
+        "train_ddpm/half",
+        "ddpm/loss",
+    }  # the last that was heard
 
     assert {outcome.name: outcome.what.split()[0] for outcome in sync(every=True)}["bereaved"] == "completed"
     row = only_row(server, "bereaved")
     assert row.info.status != "RUNNING" and row.data.tags["stage.train_ddpm.status"] == "finished"
-    assert results_of(row) == {name: value for name, value in expected_metrics(2000).items() if name != "ddpm/fd"}
+    assert results_of(row) == {
+        name: value for name, value in expected_metrics(2000).items() if name != "ddpm/fd"
+    }
     points = connect(server.uri).get_metric_history(row.info.run_id, "ddpm/loss")
-    assert sorted((point.step, point.value) for point in points) == [(images, 2000 / (1 + images)) for images in STEPS]
+    assert sorted((point.step, point.value) for point in points) == [
+        (images, 2000 / (1 + images)) for images in STEPS
+    ]
     assert {outcome.what for outcome in sync(every=True)} == {"unchanged"}
 
 
@@ -202,7 +270,9 @@ def test_server_that_takes_connections_and_no_longer_answers_costs_one_line(
 ) -> None:
     experiment = {"DVC_EXP_NAME": "stuck", "DVC_EXP_BASELINE_REV": "b" * 40}
     try:
-        complained, seconds = lose_server(project, tmp_path, server.suspend, "python", "stages/train.py", **experiment)
+        complained, seconds = lose_server(
+            project, tmp_path, server.suspend, "python", "stages/train.py", **experiment
+        )
     finally:
         server.resume()
     assert complained.count(LOST) == 1
@@ -212,7 +282,9 @@ def test_server_that_takes_connections_and_no_longer_answers_costs_one_line(
 def test_rows_of_a_colleague_are_found_and_left_as_they_are(
     project: Checkout, server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a clone of another user with the experiment pulled, on the same server, `sync` makes no second row and signs none."""
+    """In a clone of another user with the experiment pulled, on the same server, `sync` makes no second row
+    and signs none.
+    """
     storage, bare = tmp_path / "storage", tmp_path / "team.git"
     project.dvc("remote", "add", "--local", "-d", "storage", str(storage))
     project.git("init", "-q", "--bare", "-b", "main", str(bare))

@@ -1,7 +1,7 @@
-"""The way from a fresh machine to an environment: Makefile, lock, and what they say when something is missing.
+"""From a fresh machine to an environment: the Makefile, the lock, and errors when something is missing.
 
-A make of its own runs in a temporary checkout with a shell script for Python, so that nothing is downloaded; the real
-installation is what runs these tests.
+A make of its own runs in a temporary checkout with a shell script for Python, so nothing is downloaded; the
+real installation is what runs these tests.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = (ROOT / "requirements.lock").read_text()
 
-# Stands for the system's Python: `-m venv` makes .venv/bin/python, a script that writes down how it is called.
+# Stands for the system's Python: `-m venv` makes .venv/bin/python, a script that records its calls.
 FAKE_PYTHON = """\
 #!/bin/sh
 case "$*" in
@@ -30,153 +32,98 @@ case "$*" in
         chmod +x .venv/bin/* ;;
 esac
 """
+FOREIGN = ("MAKE", "MFLAGS", "MLFLOW", "DVC", "DO_NOT_TRACK")
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.lock").write_text("tiny==1.0 --hash=sha256:00\n")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "tiny"\n')
     return tmp_path
 
 
-def make(checkout: Path, *arguments: str, version: str = "3.11.7", old: int = 0, no_venv: int = 0) -> subprocess.CompletedProcess[str]:
-    python = checkout / "fake-python"
+def make(checkout, *arguments, version="3.11.7", old=0, no_venv=0):
+    """Run make.  Returns its exit status, what it printed, and the calls of python and dvc."""
+    python, log = checkout / "fake-python", checkout / "calls"
     python.write_text(FAKE_PYTHON.format(version=version, old=old, no_venv=no_venv))
     python.chmod(0o755)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "MLFLOW", "DVC", "DO_NOT_TRACK"))}
+    log.write_text("")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     command = ["make", f"PYTHON={python}", *arguments]
-    return subprocess.run(command, cwd=checkout, env=clean, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=checkout, env=clean, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr, log.read_text().splitlines()
 
 
-def calls(checkout: Path) -> list[str]:
-    log = checkout / "calls"
-    found = log.read_text().splitlines() if log.exists() else []
-    log.unlink(missing_ok=True)
-    return found
-
-
-def test_repro_installs_the_lock_with_hashes_then_the_project_then_runs_dvc(checkout: Path) -> None:
-    assert make(checkout, "repro", "ARGS=--dry").returncode == 0
-    venv, packages, project, dvc = calls(checkout)
-    assert venv == "venv"
+def test_the_lock_then_the_project_are_installed_once(checkout):
+    status, _, [venv, packages, project, dvc] = make(checkout, "repro", "ARGS=--dry")
+    assert (status, venv, dvc) == (0, "venv", "dvc repro --dry")
     assert {"--require-hashes", "--no-deps", "requirements.lock"} <= set(packages.split())
-    assert {"--editable", "--no-deps", "--no-build-isolation"} <= set(project.split())
-    assert dvc == "dvc repro --dry"
-
-
-def test_second_call_installs_nothing_whatever_the_time_stamps(checkout: Path) -> None:
-    make(checkout, "repro")
-    calls(checkout)
+    assert {"--editable", "--no-deps"} <= set(project.split())
+    private = {"MLFLOW_DISABLE_TELEMETRY=true", "DO_NOT_TRACK=true", "DVC_NO_ANALYTICS=1"}
+    assert private <= set((checkout / "environment").read_text().splitlines())
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         os.utime(checkout / name)
-    assert make(checkout, "repro").returncode == 0
-    assert calls(checkout) == ["dvc repro"]
+    assert make(checkout, "repro")[2] == ["dvc repro"]
 
 
-def test_changed_lock_makes_a_new_environment(checkout: Path) -> None:
+def test_changes_are_installed(checkout):
     make(checkout, "repro")
-    calls(checkout)
-    (checkout / "requirements.lock").write_text("tiny==1.1 --hash=sha256:11\n")
-    make(checkout, "repro")
-    assert calls(checkout)[0] == "venv"
-
-
-def test_changed_project_installs_the_project_alone(checkout: Path) -> None:
-    make(checkout, "repro")
-    calls(checkout)
     (checkout / "pyproject.toml").write_text('[project]\nname = "tiny"\nversion = "2"\n')
-    make(checkout, "repro")
-    project, dvc = calls(checkout)
-    assert "--editable" in project and dvc.startswith("dvc")
+    project, dvc = make(checkout, "repro")[2]
+    assert "--editable" in project and dvc == "dvc repro"
+    (checkout / "requirements.lock").write_text("tiny==1.1 --hash=sha256:11\n")
+    assert make(checkout, "repro")[2][0] == "venv"
+    assert make(checkout.rename(checkout.with_name("moved")), "repro")[2][0] == "venv"
 
 
-def test_failed_download_says_what_to_do_and_the_next_call_installs_again(checkout: Path) -> None:
+def test_a_failed_download_names_the_remedy_and_is_done_again(checkout):
     (checkout / "offline").touch()
-    failed = make(checkout, "repro")
-    assert failed.returncode != 0
-    assert "could not be installed" in failed.stderr and "run make again" in failed.stderr
-    assert "dvc" not in " ".join(calls(checkout))
+    status, text, calls = make(checkout, "repro")
+    assert status != 0 and "run make again" in text and not any("dvc" in call for call in calls)
     (checkout / "offline").unlink()
-    assert make(checkout, "repro").returncode == 0
-    assert [call.split()[0] for call in calls(checkout)] == ["venv", "-m", "-m", "dvc"]
+    assert make(checkout, "repro")[0] == 0
 
 
-def test_moved_checkout_makes_a_new_environment(checkout: Path) -> None:
-    make(checkout, "repro")
-    calls(checkout)
-    moved = checkout.rename(checkout.with_name("moved"))
-    assert make(moved, "repro").returncode == 0
-    assert calls(moved)[0] == "venv"
-
-
-def test_old_python_is_named_with_what_to_do(checkout: Path) -> None:
-    failed = make(checkout, "test", version="3.9.2", old=1)
-    assert failed.returncode != 0
-    assert "Python 3.11 or newer is needed" in failed.stderr and "is 3.9.2" in failed.stderr and "make PYTHON=" in failed.stderr
+@pytest.mark.parametrize(
+    ("arguments", "machine", "words"),
+    [
+        ([], {"version": "3.9.2", "old": 1}, ["Python 3.11 or newer", "is 3.9.2", "make PYTHON="]),
+        (["PYTHON=no-such-python"], {}, ["no-such-python is not there"]),
+        ([], {"no_venv": 1}, ["no venv module", "apt-get install python3-venv"]),
+    ],
+)
+def test_a_missing_python_or_venv_is_named_with_the_remedy(checkout, arguments, machine, words):
+    status, text, _ = make(checkout, "test", *arguments, **machine)
+    assert status != 0 and all(word in text for word in words)
     assert not (checkout / ".venv").exists()
 
 
-def test_missing_python_is_named(checkout: Path) -> None:
-    failed = make(checkout, "test", "PYTHON=no-such-python")
-    assert failed.returncode != 0
-    assert "no-such-python is not there" in failed.stderr
+def test_the_checks_of_the_makefile_accept_this_python():
+    version_check, venv_check = re.findall(r"\$\(PYTHON\) -c '(.+?)'", (ROOT / "Makefile").read_text())
+    too_old = version_check.replace("(3, 11)", "(99, 0)")
+    for program, status in ((version_check, 0), (venv_check, 0), (too_old, 1)):
+        assert subprocess.run(["python", "-c", program], capture_output=True).returncode == status
 
 
-def test_missing_venv_module_names_the_package(checkout: Path) -> None:
-    failed = make(checkout, "test", no_venv=1)
-    assert failed.returncode != 0
-    assert "no venv module" in failed.stderr and "apt-get install python3-venv" in failed.stderr
+def test_lock_has_hashes_for_every_package_and_no_addresses():
+    assert "://" not in LOCK and "index-url" not in LOCK and "find-links" not in LOCK
+    entries = re.sub(r"^#.*\n", "", LOCK, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    pattern = r"[A-Za-z0-9_.-]+==\S+( ; .+?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*$"
+    assert len(entries) > 100
+    assert [entry for entry in entries if entry.strip() and not re.match(pattern, entry)] == []
 
 
-def test_python_of_this_environment_passes_the_real_checks(checkout: Path) -> None:
-    """The one-liners in the Makefile are valid Python and accept the version that runs here."""
-    recipe = (ROOT / "Makefile").read_text()
-    version_check, venv_check = re.findall(r"\$\(PYTHON\) -c '(.+?)'", recipe)
-    for program in (version_check, venv_check):
-        assert subprocess.run(["python", "-c", program], capture_output=True).returncode == 0
-    assert subprocess.run(["python", "-c", version_check.replace("(3, 11)", "(99, 0)")], capture_output=True).returncode == 1
-
-
-def test_nobody_is_told_what_is_run(checkout: Path) -> None:
-    make(checkout, "repro")
-    environment = (checkout / "environment").read_text().splitlines()
-    assert {"MLFLOW_DISABLE_TELEMETRY=true", "DO_NOT_TRACK=true", "DVC_NO_ANALYTICS=1"} <= set(environment)
-    assert "analytics = false" in (ROOT / ".dvc/config").read_text()
-
-
-def test_make_alone_lists_the_targets(checkout: Path) -> None:
-    shown = make(checkout)
-    assert shown.returncode == 0
-    assert {"repro", "test", "check-results", "ui", "lock"} <= set(re.findall(r"^make ([\w-]+)", shown.stdout, re.MULTILINE))
-    assert not (checkout / ".venv").exists()
-
-
-def test_lock_has_hashes_for_every_package_and_no_addresses() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
-    assert "://" not in lock and "index-url" not in lock and "find-links" not in lock
-    requirements = [entry for entry in re.sub(r"^#.*\n", "", lock, flags=re.MULTILINE).replace("\\\n", " ").splitlines() if entry.strip()]
-    assert len(requirements) > 100
-    without = [entry for entry in requirements if not re.match(r"[A-Za-z0-9_.-]+==\S+( ; .+?)?(\s+--hash=sha256:[0-9a-f]{64})+\s*$", entry)]
-    assert without == []
-
-
-def test_lock_has_every_package_the_project_names() -> None:
+def test_lock_has_every_package_the_project_names():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = project["dependencies"] + project["optional-dependencies"]["dev"]
-    locked = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
-    wanted = {re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-") for requirement in named}
-    assert wanted <= {name.lower().replace("_", "-") for name in locked}
-
-
-def test_ci_runs_the_tests_then_checks_the_results() -> None:
-    script = ROOT / ".ci/run"
-    assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-2:] == ["make test", "make check-results"]
+    locked = set(re.findall(r"^([A-Za-z0-9_.-]+)==", LOCK, re.MULTILINE))
+    wanted = {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in named}
+    assert wanted <= {name.lower() for name in locked}
 
 
 @pytest.fixture
-def with_recipes(checkout: Path) -> Path:
+def with_recipes(checkout):
     (checkout / "recipes").mkdir()
     (checkout / "recipes/other.yaml").write_text("seed: 2\n")
     (checkout / "params.yaml").write_text("seed: 1\n")
@@ -186,19 +133,30 @@ def with_recipes(checkout: Path) -> Path:
     return checkout
 
 
-def test_a_recipe_takes_the_place_of_committed_parameters(with_recipes: Path) -> None:
+def test_a_recipe_takes_the_place_of_committed_parameters(with_recipes):
     for _ in range(2):  # the second time it is there already
-        assert make(with_recipes, "repro", "RECIPE=other").returncode == 0
+        assert make(with_recipes, "repro", "RECIPE=other")[2][-1] == "dvc repro"
         assert (with_recipes / "params.yaml").read_text() == "seed: 2\n"
-        assert calls(with_recipes)[-1] == "dvc repro"
 
 
 @pytest.mark.parametrize(
     ("parameters", "recipe", "words"),
-    [("seed: 3\n", "other", ["params.yaml", "not committed", "git checkout"]), ("seed: 1\n", "none", ['"none"', "other"])],
+    [
+        ("seed: 3\n", "other", ["params.yaml", "not committed", "git checkout"]),
+        ("seed: 1\n", "none", ['"none"', "other"]),
+    ],
 )
-def test_a_recipe_never_costs_unsaved_parameters(with_recipes: Path, parameters: str, recipe: str, words: list[str]) -> None:
+def test_a_recipe_never_costs_unsaved_parameters(with_recipes, parameters, recipe, words):
     (with_recipes / "params.yaml").write_text(parameters)
-    refused = make(with_recipes, "repro", f"RECIPE={recipe}")
-    assert refused.returncode != 0 and all(word in refused.stderr for word in words)
-    assert (with_recipes / "params.yaml").read_text() == parameters and not any(call.startswith("dvc") for call in calls(with_recipes))
+    status, text, calls = make(with_recipes, "repro", f"RECIPE={recipe}")
+    assert status != 0 and all(word in text for word in words)
+    assert (with_recipes / "params.yaml").read_text() == parameters
+    assert not any(call.startswith("dvc") for call in calls)
+
+
+def test_a_stage_in_a_python_without_the_packages_names_the_remedy():
+    """As `dvc repro` runs it where the environment is not activated: -S leaves out site-packages."""
+    command = [sys.executable, "-S", "-m", "stages.prepare"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in ("torch", ". .venv/bin/activate", "make repro"))

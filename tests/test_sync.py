@@ -1,4 +1,6 @@
-"""Rows completed from DVC's state alone: a real pipeline of DVC with small stages, a real store, no stage that logs in time."""
+"""Rows completed from DVC's state alone: a real pipeline of DVC with small stages, a real store, no stage
+that logs in time.
+"""
 
 import contextlib
 import json
@@ -12,11 +14,15 @@ from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.git import experiments
 from rediffuse.tracking.lineage import lineage_of_checkout
-from rediffuse.tracking.store import connect
+from rediffuse.tracking.store import connect, experiment_id
 from rediffuse.tracking.sync import Outcome, sync
-from rediffuse.tracking.views import MOST, TAG, view_of
+from rediffuse.tracking.views import MOST, PRIMARY, PRIMARY_GREATER, TAG, update_experiment, view_of
 
-NUMBERS = {"train_ddpm/loss": 25.0, "ddpm/loss": 25.0, "ddpm/fd": 28.0}  # of the default parameters: T = 500, neighbours = 3
+NUMBERS = {
+    "train_ddpm/loss": 25.0,
+    "ddpm/loss": 25.0,
+    "ddpm/fd": 28.0,
+}  # of the default parameters: T = 500, neighbours = 3
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +50,10 @@ def files(root: Path, row: Any) -> dict[str, bytes]:
     """The row's artifacts, pictures by key."""
     folder = root / ".mlflow" / "artifacts" / row.info.run_id / "artifacts"
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {path.partition("+")[0] + (Path(path).suffix if "+" in path else ""): content for path, content in found.items()}
+    return {
+        path.partition("+")[0] + (Path(path).suffix if "+" in path else ""): content
+        for path, content in found.items()
+    }
 
 
 def statuses(row: Any) -> dict[str, str]:
@@ -53,7 +62,9 @@ def statuses(row: Any) -> dict[str, str]:
 
 
 def content(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of the store, with the time of its last change: what a sync that changes nothing leaves alone."""
+    """Every file of the store, with the time of its last change: what a sync that changes nothing leaves
+    alone.
+    """
     return {
         str(path): (path.stat().st_mtime_ns if "artifacts" in path.parts else 0, path.read_bytes())
         for path in (root / ".mlflow").rglob("*")
@@ -75,10 +86,13 @@ def test_results_that_were_made_without_tracking_get_their_row_once(repository: 
     assert row.data.params["ddpm.T"] == "500"
     assert numbers(row) == NUMBERS
     assert set(statuses(row).values()) == {"cached"}
-    assert len({row.data.tags[f"stage.{stage}.key"] for stage in ("prepare", "train_ddpm", "evaluate_ddpm")}) == 3
+    assert (
+        len({row.data.tags[f"stage.{stage}.key"] for stage in ("prepare", "train_ddpm", "evaluate_ddpm")})
+        == 3
+    )
     logged = files(repository, row)
     assert set(logged) == {
-        *(f"recipe/{name}" for name in ("params.yaml", "dvc.yaml", "dvc.lock", "files.json")),
+        *(f"recipe/{name}" for name in ("params.yaml", "dvc.yaml", "dvc.lock")),
         *("metrics/train_ddpm.json", "metrics/ddpm.json", "metrics/evaluation/ddpm.json"),
         *("images/ddpm~noising.png", "images/ddpm~noising.webp"),
     }
@@ -86,7 +100,11 @@ def test_results_that_were_made_without_tracking_get_their_row_once(repository: 
         assert logged[f"recipe/{name}"] == (repository / name).read_bytes()
     (entry,) = row.inputs.dataset_inputs
     lock = (repository / "dvc.lock").read_text()
-    assert entry.dataset.name == "toy" and entry.dataset.digest.endswith(".dir") and f"md5: {entry.dataset.digest}" in lock
+    assert (
+        entry.dataset.name == "toy"
+        and entry.dataset.digest.endswith(".dir")
+        and f"md5: {entry.dataset.digest}" in lock
+    )
     assert f"rediffuse rebuild {row.info.run_id}" in row.data.tags["mlflow.note.content"]
     check_unchanged(repository)
 
@@ -132,38 +150,38 @@ def test_a_stage_counts_only_if_all_before_it_are_up_to_date(repository: Path) -
     assert up_to_date() == {"prepare", "train_ddpm"}
 
 
-def test_row_of_a_run_gets_the_final_lock(repository: Path) -> None:
-    run(repository, "dvc", "exp", "run", "-n", "more", "-S", "ddpm.T=1000")
-    row = rows(repository)["more"]
+def test_row_of_a_run_gets_the_final_lock_and_a_cached_one_names_where_its_results_come_from(
+    repository: Path,
+) -> None:
+    run(repository, "dvc", "exp", "run", "-n", "first", "-S", "ddpm.T=1000", TOY_TORCH="1")
+    row = rows(repository)["first"]
     assert statuses(row) == {"prepare": "cached", "train_ddpm": "finished", "evaluate_ddpm": "finished"}
     assert "dvc.exp_rev" not in row.data.tags and row.data.tags["rediffuse.state"]
     (outcome,) = sync()  # the files are the experiment's, so they make no second row
-    assert (outcome.name, outcome.what) == ("more", "completed")
+    assert (outcome.name, outcome.what) == ("first", "completed")
     ((baseline, _), commit) = next(iter(experiments(repository).items()))
-    row = rows(repository)["more"]
-    assert row.data.tags["dvc.exp_rev"] == commit
-    assert row.data.tags["dvc.baseline"] == baseline == run(repository, "git", "rev-parse", "HEAD").stdout.strip()
-    assert files(repository, row)["recipe/dvc.lock"] == run(repository, "git", "show", f"{commit}:dvc.lock").stdout.encode()
+    first = rows(repository)["first"]
+    head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
+    assert first.data.tags["dvc.exp_rev"] == commit and first.data.tags["dvc.baseline"] == baseline == head
+    committed = run(repository, "git", "show", f"{commit}:dvc.lock").stdout.encode()
+    assert files(repository, first)["recipe/dvc.lock"] == committed
     check_unchanged(repository)
 
-
-def test_fully_cached_experiment_has_a_complete_row_that_names_where_its_results_come_from(repository: Path) -> None:
-    run(repository, "dvc", "exp", "run", "-n", "first", "-S", "ddpm.T=1000")
     run(repository, "git", "checkout", "-q", "--", ".")
     run(repository, "dvc", "checkout")
     said = run(repository, "dvc", "exp", "run", "-n", "second", "-S", "ddpm.T=1000").stdout
-    assert "Running stage" not in said
-    assert set(rows(repository)) == {"first"}
+    assert "Running stage" not in said and set(rows(repository)) == {"first"}
     assert {outcome.name: outcome.what for outcome in sync()}["second"] == "made"
-    found = rows(repository)
-    first, second = found["first"], found["second"]
+    second = rows(repository)["second"]
     assert numbers(first) == numbers(second) == {"train_ddpm/loss": 50.0, "ddpm/loss": 50.0, "ddpm/fd": 53.0}
     assert first.data.params == second.data.params
     assert second.info.status == "FINISHED" and statuses(second)["train_ddpm"] == "cached"
     assert second.data.tags["stage.train_ddpm.origin_run"] == first.info.run_id
-    assert second.data.tags["stage.train_ddpm.environment"] == first.data.tags["stage.train_ddpm.environment"]
-    same = ("images/ddpm~noising.png", "metrics/ddpm.json", "recipe/params.yaml")
-    assert [files(repository, first)[name] for name in same] == [files(repository, second)[name] for name in same]
+    environment = "stage.train_ddpm.environment"
+    assert second.data.tags[environment] == first.data.tags[environment]
+    logged = [files(repository, row) for row in (first, second)]
+    for name in ("images/ddpm~noising.png", "metrics/ddpm.json", "recipe/params.yaml"):
+        assert logged[0][name] == logged[1][name]
     check_unchanged(repository)
 
 
@@ -201,7 +219,18 @@ def test_what_was_missed_while_the_store_was_away_arrives_afterwards(repository:
 
 
 def test_only_experiments_on_the_commit_in_hand_unless_all_are_asked_for(repository: Path) -> None:
-    run(repository, "dvc", "exp", "run", "--temp", "-n", "old", "-S", "evaluate.neighbours=7", REDIFFUSE_TRACKING="off")
+    run(
+        repository,
+        "dvc",
+        "exp",
+        "run",
+        "--temp",
+        "-n",
+        "old",
+        "-S",
+        "evaluate.neighbours=7",
+        REDIFFUSE_TRACKING="off",
+    )
     run(repository, "git", "commit", "-q", "--allow-empty", "-m", "next")
     assert "old" not in {outcome.name for outcome in sync()}
     assert {outcome.name: outcome.what for outcome in sync(every=True)}["old"] == "made"
@@ -232,17 +261,23 @@ def test_experiment_on_data_that_no_commit_has_says_which_and_what_to_do(reposit
     (repository / "data" / "digits" / "a.txt").write_text("1")
     run(repository, "dvc", "add", "-q", "data/digits")
     text = (repository / "dvc.yaml").read_text()
-    (repository / "dvc.yaml").write_text(text.replace("deps: [raw.txt, stage.py]", "deps: [data/digits, stage.py]"))
+    (repository / "dvc.yaml").write_text(
+        text.replace("deps: [raw.txt, stage.py]", "deps: [data/digits, stage.py]")
+    )
     run(repository, "dvc", "exp", "run", "-n", "digits", REDIFFUSE_TRACKING="off")
     what = {outcome.name: outcome.what for outcome in sync()}["digits"]
-    assert what.startswith("skipped: stage prepare does not agree with its dvc.lock: data/digits is in no commit")
+    assert what.startswith(
+        "skipped: stage prepare does not agree with its dvc.lock: data/digits is in no commit"
+    )
     assert "`git add data/digits.dvc` and commit before `dvc exp run`" in what and "stage.py" not in what
 
 
 def test_experiment_whose_code_was_edited_by_hand_says_what_differs(repository: Path) -> None:
     run(repository, "dvc", "exp", "run", "-n", "edited", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
     ((_, commit),) = experiments(repository).items()
-    ref = run(repository, "git", "for-each-ref", "--format=%(refname)", "--points-at", commit, "refs/exps").stdout.split()[-1]
+    ref = run(
+        repository, "git", "for-each-ref", "--format=%(refname)", "--points-at", commit, "refs/exps"
+    ).stdout.split()[-1]
     run(repository, "git", "checkout", "-q", "-f", "--detach", commit)
     with (repository / "stage.py").open("a") as code:
         code.write("# another")
@@ -270,9 +305,6 @@ def test_stage_that_writes_the_same_bytes_again_completes_the_row(repository: Pa
     assert numbers(row) == NUMBERS and "images/ddpm~noising.png" in files(repository, row)
     assert statuses(row) == {"prepare": "finished", "train_ddpm": "cached", "evaluate_ddpm": "cached"}
     assert row.data.tags["rediffuse.state"]
-    (repository / "notes.txt").write_text("2")
-    run(repository, "dvc", "exp", "run", "-n", "noted")
-    assert numbers(rows(repository)["noted"]) == NUMBERS
     run(repository, "dvc", "repro", "-f", "-s", "prepare")  # a second attempt in the row of the commit
     assert numbers(rows(repository)[name]) == NUMBERS
 
@@ -291,37 +323,48 @@ def test_row_of_two_stages_that_run_again_is_complete(repository: Path) -> None:
 # The page that compares rows
 
 
-def charts(root: Path) -> tuple[list[str], str]:
-    """The scores that the page shows, and the tag that holds it."""
-    client = connect(f"sqlite:///{root}/.mlflow/mlflow.db")
-    tag = client.get_experiment_by_name("rediffuse").tags[TAG]
-    state = json.loads(json.loads(tag)["state"])
-    return [chart["metricKey"] for chart in state["compareRunCharts"] if chart["type"] == "BAR"], tag
+def charts(client: Any, experiment: str) -> tuple[list[str], dict[str, str]]:
+    """The scores that the page shows, and the tags of the experiment."""
+    update_experiment(client, experiment)
+    tags = client.get_experiment(experiment).tags
+    state = json.loads(json.loads(tags[TAG])["state"])
+    return [chart["metricKey"] for chart in state["compareRunCharts"] if chart["type"] == "BAR"], tags
 
 
-def test_page_shows_the_instruments_of_the_rows(repository: Path) -> None:
-    (made,) = sync()
-    assert charts(repository)[0] == []
-    edit(repository, 'json.dumps({"fd": loss', 'json.dumps({"mnist-cnn-v1": {"fd": 1.5, "recall": 0.5}, "fd": loss')
-    run(repository, "dvc", "repro")  # the last stage writes the page
-    assert charts(repository)[0] == ["ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall"]
-    client = connect(f"sqlite:///{repository}/.mlflow/mlflow.db")
+def test_page_and_primary_metric_follow_the_instruments_of_the_rows(
+    empty_store: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'rows.db')}"
+    client = connect(uri)
+    experiment = experiment_id(client, uri, tmp_path)
+    row = client.create_run(experiment).info.run_id
+    client.log_metric(row, "seconds/prepare", 1.0)
+    shown, tags = charts(client, experiment)
+    assert shown == [] and PRIMARY not in tags
+    for name in ("ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall"):
+        client.log_metric(row, name, 1.5)
+    shown, tags = charts(client, experiment)
+    assert shown == ["ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall"]
+    assert tags[PRIMARY] == "ddpm/mnist-cnn-v1/fd" and tags[PRIMARY_GREATER] == "False"
     for number in range(6):
-        client.log_metric(made.run_id, f"vae/folder-cnn-v{number}/fid", 2.0)
-    sync()
-    shown, tag = charts(repository)
-    assert shown == ["ddpm/mnist-cnn-v1/fd", "ddpm/mnist-cnn-v1/recall", *(f"vae/folder-cnn-v{number}/fid" for number in range(MOST - 1))]
-    check_unchanged(repository)
-    saved = json.dumps(json.loads(tag) | {"updatedAt": 1})  # as MLflow's pages save it
-    experiment = client.get_experiment_by_name("rediffuse").experiment_id
+        client.log_metric(row, f"vae/folder-cnn-v{number}/fid", 2.0)
+    shown, tags = charts(client, experiment)
+    assert shown[2:] == [f"vae/folder-cnn-v{number}/fid" for number in range(MOST - 1)]
+    saved = json.dumps(json.loads(tags[TAG]) | {"updatedAt": 1})  # as MLflow's pages save it
     client.set_experiment_tag(experiment, TAG, saved)
-    client.log_metric(rows(repository)[made.name].info.run_id, "ddpm/other-v1/fd", 2.0)
-    sync()
-    assert charts(repository)[1] == saved
+    client.set_experiment_tag(experiment, PRIMARY, "ddpm/mnist-cnn-v1/recall")
+    client.log_metric(row, "ddpm/other-v1/fd", 2.0)
+    tags = charts(client, experiment)[1]  # what the user chose stays
+    assert tags[TAG] == saved and tags[PRIMARY] == "ddpm/mnist-cnn-v1/recall"
 
 
 def test_page_fits_into_a_tag() -> None:
-    names = [f"{model}/{'i' * 60}-v{i}/{score}" for i in range(20) for model in ("vae", "ddpm") for score in ("fd", "precision", "recall")]
+    names = [
+        f"{model}/{'i' * 60}-v{i}/{score}"
+        for i in range(20)
+        for model in ("vae", "ddpm")
+        for score in ("fd", "precision", "recall")
+    ]
     assert len(view_of([names])) < 20_000
 
 

@@ -1,17 +1,30 @@
-"""The VAE: its bounds against torch.distributions and numerical integration, its shapes, its priors."""
+"""The VAE against torch.distributions and numerical integration; with labels, also through the stages."""
 
-import itertools
+import json
 import math
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from tiny_checkout import write_params
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 from torch.distributions import kl_divergence as exact_kl_divergence
 
+import rediffuse
+from rediffuse.commands.generate import generate
+from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.images.pixels import to_unit
+from rediffuse.images.sample_sets import load_sets
+from rediffuse.inference.settings import SAMPLING, sampling_settings
 from rediffuse.params import load_params
+from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.weights import load_model
+from rediffuse.tracking.models import model_files
 from rediffuse.vae.model import MIN_SIGMA, VAE, reparameterise
 from rediffuse.vae.objective import (
     ELBO,
@@ -24,36 +37,46 @@ from rediffuse.vae.objective import (
     negative_log_likelihood,
     training_loss,
 )
-from rediffuse.vae.prior import fit_mixture, mixture, posterior_means, standard_normal
+from rediffuse.vae.prior import CHUNK, fit_mixture, mixture, posterior_means, standard_normal
 from rediffuse.vae.step import VAEStep, final_measures, measure
+from stages import sample_vae, train_vae
+from stages.train_vae import make_vae as vae_of_stage
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").vae
+SHAPE, NAMES = (1, 8, 8), ("dark", "bright")
+both_likelihoods = pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+both_latents = pytest.mark.parametrize("latent_channels", [0, 2])
 
 
-def seeded(seed=0):
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pixels(n, shape, seed=1):
-    return torch.rand(n, *shape, generator=seeded(seed))
+def pixels(n: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.rand(n, *shape, generator=seeded(1))
 
 
-def make_vae(shape=(1, 8, 8), *, latent_dim=3, channels=(4,), hidden=16, likelihood="bernoulli", seed=0, scale=1.0) -> VAE:
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def make_vae(shape: Any = SHAPE, *, seed: int = 0, scale: float = 1.0, **changes: Any) -> VAE:
     """A small VAE; scale > 1 enlarges its weights, so that latents matter without training."""
     torch.manual_seed(seed)
-    vae = VAE(shape, latent_dim=latent_dim, latent_channels=0, channels=list(channels), hidden=hidden, likelihood=likelihood)
+    settings: dict[str, Any] = {"latent_dim": 3, "latent_channels": 0, "channels": [4], "hidden": 16}
+    vae = VAE(shape, **(settings | {"likelihood": "bernoulli"} | changes))
     for name, parameter in vae.named_parameters():
-        if name != "log_sigma":
+        if name != "log_sigma" and not name.endswith("by_label"):
             parameter.data *= scale
     return vae
 
 
-def patterns(n, size=8, seed=2) -> Tensor:
-    """uint8 (n, 1, size, size): bars of random place and direction, grey on black, such as a tiny VAE can learn."""
+def patterns(n: int, seed: int = 2) -> Tensor:
+    """uint8 (n, 1, 8, 8): bars of random place and direction, grey on black, such as a tiny VAE can learn."""
     generator = seeded(seed)
-    images = torch.zeros(n, 1, size, size)
+    images = torch.zeros(n, *SHAPE)
     for image in images:
-        at, across, grey = (int(torch.randint(high, (), generator=generator)) for high in (size - 1, 2, 100))
+        at, across, grey = (int(torch.randint(high, (), generator=generator)) for high in (7, 2, 100))
         bar = image[0].T if across else image[0]
         bar[at : at + 2] = (155 + grey) / 255
     return (images * 255).round().to(torch.uint8)
@@ -67,65 +90,56 @@ def likelihood_of(vae: VAE, z: Tensor) -> Independent:
     return Independent(Normal(logits.sigmoid(), vae.sigma().double()), 3)
 
 
+def posterior(mean: Tensor, log_variance: Tensor) -> Normal:
+    return Normal(mean, (log_variance / 2).exp())
+
+
 # The terms of the bound
 
 
 def test_kl_is_that_of_torch_distributions():
     mean, log_variance = torch.randn(2, 50, 7, generator=seeded(), dtype=torch.float64) * 2
-    expected = exact_kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0))
+    expected = exact_kl_divergence(posterior(mean, log_variance), Normal(0.0, 1.0))
     torch.testing.assert_close(kl_divergence(mean, log_variance), expected)
 
 
-def test_kl_is_the_mean_log_ratio_of_samples():
-    mean, log_variance = torch.tensor([1.5, -0.3], dtype=torch.float64), torch.tensor([-1.0, 0.7], dtype=torch.float64)
-    posterior = Normal(mean, (log_variance / 2).exp())
+def test_reparameterised_samples_are_those_of_the_posterior():
+    mean, log_variance = torch.tensor([1.5, -0.3]).double(), torch.tensor([-1.0, 0.7]).double()
     z = reparameterise(mean, log_variance, torch.randn(400_000, 2, generator=seeded(), dtype=torch.float64))
-    ratios = posterior.log_prob(z) - Normal(0.0, 1.0).log_prob(z)
+    torch.testing.assert_close(z.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(z.var(0), log_variance.exp(), rtol=0.02, atol=0)
+    ratios = posterior(mean, log_variance).log_prob(z) - Normal(0.0, 1.0).log_prob(z)
     error = ratios.std(0) / math.sqrt(len(ratios))
     assert ((kl_divergence(mean, log_variance) - ratios.mean(0)).abs() < 5 * error).all()
 
 
-def test_kl_is_zero_at_the_prior_only():
-    zeros = torch.zeros(1)
-    assert kl_divergence(zeros, zeros).item() == 0
-    assert kl_divergence(zeros + 0.1, zeros).item() > 0
-    assert kl_divergence(zeros, zeros + 0.1).item() > 0
-
-
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@both_likelihoods
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)])
-def test_likelihood_is_that_of_torch_distributions(likelihood, shape):
-    vae = make_vae(shape, likelihood=likelihood, scale=2)
+def test_elbo_is_that_of_torch_distributions(likelihood, shape):
+    vae, x, eps = make_vae(shape, likelihood=likelihood, scale=2), pixels(6, shape), normal(6, 3)
     vae.log_sigma.data.fill_(math.log(0.2))
-    x, z = pixels(6, shape), torch.randn(6, 3, generator=seeded())
-    torch.testing.assert_close(
-        negative_log_likelihood(vae, x, z).double(), -likelihood_of(vae, z).log_prob(x.double()), rtol=1e-5, atol=1e-4
-    )
+    q = posterior(*vae.encode(x))
+    z = q.mean + q.stddev * eps
+    nats, kl = -likelihood_of(vae, z).log_prob(x.double()), exact_kl_divergence(q, Normal(0.0, 1.0))
+    terms = elbo(vae, x, eps)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.reconstruction.double(), nats, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(terms.total.double(), nats + kl.double().sum(1), rtol=1e-5, atol=1e-4)
+    terms.reconstruction.sum().backward()  # gradients flow through the sample into both heads
+    for head in (vae.mean, vae.log_variance):
+        assert head.weight.grad.abs().sum() > 0
 
 
-def test_bernoulli_likelihood_is_finite_for_certain_and_wrong_pixels():
+def test_the_bound_stays_finite_at_its_extremes():
     vae = make_vae()
     vae.decoder[-1].weight.data.zero_()
     vae.decoder[-1].bias.data.fill_(500.0)  # sigmoid gives exactly 1: a logarithm of 1 - 1 would be infinite
-    nats = negative_log_likelihood(vae, torch.zeros(1, 1, 8, 8), torch.zeros(1, 3))
-    assert nats.item() == pytest.approx(64 * 500)
-
-
-def test_sigma_stops_at_half_a_grey_level():
+    assert negative_log_likelihood(vae, torch.zeros(1, *SHAPE), torch.zeros(1, 3)).item() == 64 * 500
     vae = make_vae(likelihood="gaussian")
     vae.log_sigma.data.fill_(-100.0)
+    vae.log_variance.bias.data.fill_(1e6)
     assert vae.sigma().item() == pytest.approx(MIN_SIGMA) == pytest.approx(0.5 / 255)
-    assert negative_log_likelihood(vae, pixels(2, (1, 8, 8)), torch.zeros(2, 3)).isfinite().all()
-
-
-def test_elbo_is_reconstruction_plus_kl_of_the_reparameterised_sample():
-    vae, x, eps = make_vae(), pixels(5, (1, 8, 8)), torch.randn(5, 3, generator=seeded())
-    terms = elbo(vae, x, eps)
-    posterior_mean, log_variance = vae.encode(x)
-    z = posterior_mean + log_variance.exp().sqrt() * eps
-    kl = exact_kl_divergence(Normal(posterior_mean, log_variance.exp().sqrt()), Normal(0.0, 1.0))
-    torch.testing.assert_close(terms.kl, kl, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(terms.total.double(), -likelihood_of(vae, z).log_prob(x.double()) + kl.double().sum(1), rtol=1e-5, atol=1e-4)
+    assert elbo(vae, pixels(2), torch.ones(2, 3)).total.isfinite().all()
 
 
 # The bound as a bound: a latent of one dimension can be integrated out
@@ -152,37 +166,29 @@ def one_latent(request) -> tuple[VAE, Tensor]:
 @torch.no_grad()
 def test_elbo_never_beats_the_exact_likelihood(one_latent):
     vae, x = one_latent
-    bounds = torch.stack([elbo(vae, x, torch.randn(len(x), 1, generator=seeded(i))).total for i in range(2000)])
-    exact = exact_negative_log_likelihood(vae, x)
+    bounds = torch.stack([elbo(vae, x, normal(len(x), 1, seed=i)).total for i in range(2000)])
     error = bounds.std(0) / math.sqrt(len(bounds))
-    gap = bounds.double().mean(0) - exact
+    gap = bounds.double().mean(0) - exact_negative_log_likelihood(vae, x)
     assert (gap > 5 * error).all() and gap.max() > 0.05  # a true gap: a tight posterior would test nothing
 
 
 @torch.no_grad()
-def test_importance_weighted_bound_tightens_to_the_exact_likelihood(one_latent):
+def test_importance_weighted_bound_is_the_elbo_and_tightens_to_the_exact_likelihood(one_latent):
     vae, x = one_latent
     exact = exact_negative_log_likelihood(vae, x)
-    gaps, errors = [], []
+    many = x.repeat_interleave(4000, 0)
+    elbos = elbo(vae, many, normal(len(many), 1, seed=6)).total.double().view(len(x), -1)
+    gaps, errors = [elbos.mean(1) - exact], [elbos.std(1) / math.sqrt(4000)]
     for k, repeats in [(1, 2000), (4, 500), (32, 60), (2000, 1)]:
         many = x.repeat_interleave(repeats, 0)
-        bounds = importance_weighted_bound(vae, many, k=k, generator=seeded(k)).double().unflatten(0, (len(x), repeats))
+        bounds = importance_weighted_bound(vae, many, k=k, generator=seeded(k)).double().view(len(x), -1)
         gaps.append(bounds.mean(1) - exact)
         errors.append(bounds.std(1) / math.sqrt(repeats) if repeats > 1 else torch.zeros(len(x)))
-    for i, j in itertools.pairwise(range(len(gaps))):
+    assert ((gaps[0] - gaps[1]).abs() < 5 * (errors[0] + errors[1])).all()  # with one sample, on average
+    for i, j in pairwise(range(1, 5)):
         assert (gaps[j] < gaps[i] + 4 * (errors[i] + errors[j])).all()
-    assert gaps[0].max() > 0.05
+    assert gaps[1].max() > 0.05
     torch.testing.assert_close(gaps[-1], torch.zeros(len(x), dtype=torch.float64), rtol=0, atol=0.03)
-
-
-@torch.no_grad()
-def test_importance_weighted_bound_with_one_sample_is_the_elbo_on_average(one_latent):
-    vae, x = one_latent
-    many = x[:1].repeat(4000, 1, 1, 1)
-    one = importance_weighted_bound(vae, many, k=1, generator=seeded(5))
-    other = elbo(vae, many, torch.randn(4000, 1, generator=seeded(6))).total
-    error = math.hypot(one.std().item(), other.std().item()) / math.sqrt(4000)
-    assert abs(one.mean().item() - other.mean().item()) < 5 * error
 
 
 # What training minimises
@@ -203,129 +209,107 @@ def test_free_bits_cost_nothing_and_are_counted_per_dimension_on_the_batch_mean(
     assert training_loss(terms, kl_weight=2.0, free_bits=0.0).item() == pytest.approx(11 + 2 * 2.3)
 
 
-def step_of(settings: dict, seen: int) -> tuple[float, dict[str, float]]:
-    vae = make_vae()
+def step_of(seen: int, **settings: float) -> tuple[float, dict[str, float]]:
+    vae, images = make_vae(), patterns(16)
     step = VAEStep(**SETTINGS.model_copy(update=settings).select(VAEStep))
-    images = patterns(16)
     loss, measures = step(vae, images, None, step.draw(vae, images.shape, seeded()), seen)
     return loss.item(), {name: (total / count).item() for name, (total, count) in measures.items()}
 
 
 def test_a_step_weights_the_kl_but_logs_the_elbo_with_weight_one():
-    settings = {"beta": 3.0, "kl_warmup": 1000, "free_bits": 0.0}
     for seen, weight in [(0, 0.0), (500, 1.5), (2000, 3.0)]:
-        loss, logged = step_of(settings, seen)
+        loss, logged = step_of(seen, beta=3.0, kl_warmup=1000, free_bits=0.0)
         assert loss == pytest.approx(logged["reconstruction"] + weight * logged["kl"], rel=1e-5)
         assert logged["elbo"] == pytest.approx(logged["reconstruction"] + logged["kl"], rel=1e-5)
-    assert step_of(settings, 0)[1] == step_of(settings | {"beta": 0.0, "free_bits": 5.0}, 0)[1]
+    assert step_of(0, beta=3.0, free_bits=0.0)[1] == step_of(0, beta=0.0, free_bits=5.0)[1]
 
 
 # Measures
 
 
-def test_validation_is_the_elbo_with_weight_one_and_the_same_noise_each_time():
-    vae, images = make_vae(), patterns(600)  # more than one chunk
-    found = measure(vae, images, seed=3)
-    assert found == measure(vae, images, seed=3) and found != measure(vae, images, seed=4)
+@torch.no_grad()
+@pytest.mark.parametrize("class_names", [(), ("a", "b", "c")])
+def test_validation_is_the_elbo_of_each_image_with_the_same_noise_each_time(class_names):
+    vae, images = make_vae(class_names=class_names), patterns(CHUNK + 3)  # more than one chunk
+    labels = torch.arange(len(images)) % 3 if class_names else None
+    found, generator = measure(vae, images, labels, seed=3), seeded(3)
+    assert found == measure(vae, images, labels, seed=3) != measure(vae, images, labels, seed=4)
+    eps = torch.cat([torch.randn(n, 3, generator=generator) for n in (CHUNK, 3)])
+    terms = elbo(vae, to_unit(images), eps, labels)
+    assert found["kl"] == pytest.approx(terms.kl.sum(1).mean().item(), rel=1e-5)
+    assert found["elbo"] == pytest.approx(terms.total.mean().item(), rel=1e-5)
     assert found["elbo"] == found["reconstruction"] + found["kl"]
-    mean, log_variance = vae.encode(images / 255)
-    kl = exact_kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(1).mean()
-    assert found["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    expected = vae.encode(to_unit(images), labels)[0]
+    torch.testing.assert_close(posterior_means(vae, images, labels), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_active_units_are_those_whose_mean_varies_by_more_than_a_hundredth():
     unit = torch.tensor([-1.0, 1.0]).repeat(500)
-    means = torch.stack([0 * unit + 7, 0.09 * unit, 0.11 * unit, 2 * unit], 1)  # variances 0, 0.0081, 0.0121, 4
+    means = torch.stack([0 * unit + 7, 0.09 * unit, 0.11 * unit, 2 * unit], 1)  # 0, 0.0081, 0.0121, 4
     assert active_units(means) == 2
 
 
-def test_bits_per_dim_by_hand():
-    assert bits_per_dim(make_vae((1, 8, 8)), 64 * math.log(2)) == pytest.approx(1)
+def test_bits_per_dim_are_those_of_the_probabilities_of_grey_levels():
     assert bits_per_dim(make_vae((3, 8, 8)), 192 * math.log(2)) == pytest.approx(1)
-
-
-def test_bits_per_dim_of_a_density_is_that_of_the_probabilities_of_grey_levels():
     vae, sigma = make_vae((1, 1, 1), likelihood="gaussian"), 0.05
-    normal = Normal(torch.tensor(0.5, dtype=torch.float64), sigma)
+    density = Normal(torch.tensor(0.5, dtype=torch.float64), sigma)
     levels = torch.arange(256, dtype=torch.float64)
-    probabilities = normal.cdf((levels + 0.5) / 255) - normal.cdf((levels - 0.5) / 255)
+    probabilities = density.cdf((levels + 0.5) / 255) - density.cdf((levels - 0.5) / 255)
     expected = torch.special.entr(probabilities).sum().item() / math.log(2)
-    nats = -(probabilities * normal.log_prob(levels / 255)).sum().item()
+    nats = -(probabilities * density.log_prob(levels / 255)).sum().item()
     assert bits_per_dim(vae, nats) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-def test_final_measures_hold_every_number_of_the_report(likelihood):
-    vae = make_vae(likelihood=likelihood, scale=2)
-    report = final_measures(vae, (patterns(80), None), (test := patterns(20, seed=5), None), seed=1)
+@both_likelihoods
+@pytest.mark.parametrize("class_names", [(), ("a", "b", "c")])
+def test_final_measures_hold_every_number_of_the_report(likelihood, class_names):
+    vae = make_vae(likelihood=likelihood, scale=2, class_names=class_names)
+    labels = torch.arange(80) % 3 if class_names else None
+    test = patterns(20, seed=5), None if labels is None else labels[:20]
+    report = final_measures(vae, (patterns(80), labels), test, seed=1)
     assert report["test"].keys() == {"elbo", "reconstruction", "kl", "bits_per_dim"}
-    assert report["train"] == {"elbo": measure(vae, patterns(80)[:20], seed=1)["elbo"]}
-    assert report["test"]["elbo"] == measure(vae, test, seed=1)["elbo"]
-    assert report["iwae_100"] < report["test"]["elbo"]
-    assert report["active_units"] == active_units(posterior_means(vae, test))
+    assert report["train"] == {"elbo": measure(vae, patterns(80)[:20], test[1], seed=1)["elbo"]}
+    assert report["test"]["elbo"] == measure(vae, *test, seed=1)["elbo"] > report["iwae_100"]
+    assert report["active_units"] == active_units(posterior_means(vae, *test))
     assert ("sigma" in report) == (likelihood == "gaussian")
 
 
 # The model
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 17, 23), (3, 17, 23)])
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 17, 23)])
 def test_encoder_halves_and_decoder_restores_the_size(shape, levels):
     channels = [2, 3, 4, 5, 6][:levels]
-    vae = make_vae(shape, channels=channels)
+    vae = make_vae(shape, channels=channels, scale=5)
     seen: list[tuple[int, ...]] = []
     for layer in vae.encoder.modules():
         if isinstance(layer, torch.nn.Conv2d):
             layer.register_forward_hook(lambda layer, inputs, output: seen.append(tuple(output.shape[1:])))
     mean, log_variance = vae.encode(pixels(2, shape))
-    _, height, width = shape
-    assert seen == [(c, math.ceil(height / 2**i), math.ceil(width / 2**i)) for i, c in enumerate(channels, start=1)]
+    halved = [[math.ceil(size / 2**i) for size in shape[1:]] for i in range(1, levels + 1)]
+    assert seen == [(c, *size) for c, size in zip(channels, halved, strict=True)]
     assert mean.shape == log_variance.shape == (2, 3)
-    assert vae.decode(mean).shape == (2, *shape)
+    decoded = vae.decode(100 * normal(2, 3))
+    assert decoded.shape == (2, *shape) and decoded.min() >= 0 and decoded.max() <= 1
 
 
-def test_decoded_pixels_are_in_the_unit_interval():
-    decoded = make_vae(scale=10).decode(100 * torch.randn(50, 3, generator=seeded()))
-    assert decoded.min() >= 0 and decoded.max() <= 1 and decoded.std() > 0.1
-
-
-def test_reparameterised_samples_have_the_moments_of_the_posterior():
-    mean, log_variance = torch.tensor([2.0, -1.0]), torch.tensor([math.log(4.0), math.log(0.25)])
-    z = reparameterise(mean, log_variance, torch.randn(200_000, 2, generator=seeded()))
-    torch.testing.assert_close(z.mean(0), mean, rtol=0, atol=0.03)
-    torch.testing.assert_close(z.var(0), torch.tensor([4.0, 0.25]), rtol=0.02, atol=0)
-
-
-def test_gradients_flow_through_the_sample_into_both_heads():
-    vae = make_vae()
-    elbo(vae, pixels(4, (1, 8, 8)), torch.randn(4, 3, generator=seeded())).reconstruction.sum().backward()
-    for head in (vae.mean, vae.log_variance):
-        assert head.weight.grad is not None and head.weight.grad.abs().sum() > 0
-
-
-def test_an_overshooting_encoder_keeps_the_bound_finite():
-    vae = make_vae()
-    vae.log_variance.bias.data.fill_(1e6)
-    assert elbo(vae, pixels(2, (1, 8, 8)), torch.ones(2, 3)).total.isfinite().all()
-
-
-def test_config_rebuilds_the_model():
-    config = make_vae((1, 28, 28), latent_dim=SETTINGS.latent_dim, likelihood=SETTINGS.likelihood).config
-    vae = VAE(**config)
-    assert vae.config == config
-    assert vae.latent_dim == SETTINGS.latent_dim and vae.likelihood == SETTINGS.likelihood
-    assert vae.encode(pixels(1, (1, 28, 28)))[0].shape == (1, SETTINGS.latent_dim)
+@both_latents
+def test_config_rebuilds_the_model(latent_channels):
+    vae = make_vae(latent_channels=latent_channels, class_names=("a", "b"))
+    again = VAE(**vae.config)
+    again.load_state_dict(vae.state_dict())
+    assert again.config == vae.config and again.latent_dim == vae.latent_dim == (32 if latent_channels else 3)
 
 
 # Learning
 
 
-def fit(vae: VAE, batch, steps: int, lr: float) -> None:
+def fit(vae: VAE, batch: Any, lr: float) -> None:
     optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
-    for step in range(steps):
+    for step in range(250):
         x = batch(step)
-        terms = elbo(vae, x, torch.randn(len(x), vae.latent_dim, generator=seeded(step)))
+        terms = elbo(vae, x, normal(len(x), vae.latent_dim, seed=step))
         optimizer.zero_grad()
         training_loss(terms, kl_weight=1.0, free_bits=0.0).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -333,18 +317,15 @@ def fit(vae: VAE, batch, steps: int, lr: float) -> None:
 
 def test_learned_sigma_finds_the_noise_in_the_pixels():
     vae = make_vae((1, 6, 6), likelihood="gaussian")
-    fit(vae, lambda step: 0.5 + 0.1 * torch.randn(64, 1, 6, 6, generator=seeded(step)), steps=250, lr=0.03)
+    fit(vae, lambda step: 0.5 + 0.1 * normal(64, 1, 6, 6, seed=step), lr=0.03)
     assert vae.sigma().item() == pytest.approx(0.1, rel=0.05)
-
-
-def test_bernoulli_has_no_sigma_to_learn():
-    assert not make_vae().log_sigma.requires_grad
+    assert not make_vae().log_sigma.requires_grad  # a Bernoulli likelihood has none
 
 
 def test_training_lowers_the_elbo_of_images_not_trained_on():
-    vae, train, unseen = make_vae(channels=(8, 16), hidden=32), patterns(256) / 255, patterns(64, seed=9)
+    vae, train, unseen = make_vae(channels=[8, 16], hidden=32), patterns(256) / 255, patterns(64, seed=9)
     before = measure(vae, unseen, seed=1)["elbo"]
-    fit(vae, lambda step: train[torch.randint(256, (32,), generator=seeded(step))], steps=250, lr=0.005)
+    fit(vae, lambda step: train[torch.randint(256, (32,), generator=seeded(step))], lr=0.005)
     after = measure(vae, unseen, seed=1)
     assert before > 40 and after["elbo"] < 0.6 * before and after["kl"] > 1
 
@@ -359,40 +340,202 @@ def test_standard_normal_prior():
     torch.testing.assert_close(z.T.cov(), torch.eye(4), rtol=0, atol=0.03)
 
 
-def two_blobs(n=3000) -> np.ndarray:
+def test_mixture_prior_draws_from_what_it_was_fitted_to():
     """A quarter at (-3, 0), stretched along y; the rest at (2, 1), correlated."""
     random = np.random.RandomState(0)
-    first = random.multivariate_normal([-3, 0], [[0.2, 0], [0, 1.5]], size=n // 4)
-    second = random.multivariate_normal([2, 1], [[0.5, 0.4], [0.4, 0.6]], size=n - n // 4)
-    return np.concatenate([first, second]).astype(np.float32)
-
-
-def test_mixture_prior_draws_from_what_it_was_fitted_to():
-    means = two_blobs()
-    z = mixture(fit_mixture(means, components=2, seed=1))(40_000, seeded()).numpy()
+    first = random.multivariate_normal([-3, 0], [[0.2, 0], [0, 1.5]], size=750)
+    second = random.multivariate_normal([2, 1], [[0.5, 0.4], [0.4, 0.6]], size=2250)
+    means = np.concatenate([first, second]).astype(np.float32)
+    prior = mixture(fit_mixture(means, components=2, seed=1))
+    z = prior(40_000, seeded()).numpy()
     left = z[:, 0] < -1
-    assert left.mean() == pytest.approx(0.25, abs=0.01)
+    assert z.dtype == np.float32 and left.mean() == pytest.approx(0.25, abs=0.01)
     for drawn, fitted in [(z[left], means[means[:, 0] < -1]), (z[~left], means[means[:, 0] >= -1])]:
         np.testing.assert_allclose(drawn.mean(0), fitted.mean(0), atol=0.05)
         np.testing.assert_allclose(np.cov(drawn.T), np.cov(fitted.T), atol=0.06)
-
-
-def test_mixture_prior_is_the_same_for_the_same_seed():
-    means = two_blobs(400)
-    first, again = (mixture(fit_mixture(means, components=3, seed=7))(100, seeded(2)) for _ in range(2))
-    assert first.dtype == torch.float32 and torch.equal(first, again)
-    assert not torch.equal(first, mixture(fit_mixture(means, components=3, seed=7))(100, seeded(3)))
+    again = mixture(fit_mixture(means, components=2, seed=1))
+    assert torch.equal(prior(9, seeded()), again(9, seeded()))
+    assert not torch.equal(prior(9, seeded()), again(9, seeded(1)))
 
 
 def test_there_are_no_more_components_than_images(capsys):
     means = np.random.RandomState(0).normal(size=(10, 2)).astype(np.float32)
     fitted = fit_mixture(means, components=11, seed=0)
-    assert len(fitted["weights"]) == 10 and fitted["asked"] == 11 and "asked" not in fit_mixture(means, components=10, seed=0)
-    assert "sample.vae.components (11) is lowered" in capsys.readouterr().err
+    assert len(fitted["weights"]) == 10 and fitted["asked"] == 11
+    assert "asked" not in fit_mixture(means, components=10, seed=0)
+    assert "sample.vae.components (11)" in capsys.readouterr().err
     assert torch.isfinite(mixture(fitted)(100, seeded())).all()
 
 
-def test_posterior_means_are_those_of_the_encoder_whatever_the_chunk():
-    vae, images = make_vae(), patterns(501)
-    with torch.no_grad():
-        torch.testing.assert_close(posterior_means(vae, images), vae.encode(images / 255)[0], rtol=1e-5, atol=1e-6)
+# Labels: the mathematics
+
+
+def conditional(latent_channels: int, **changes: Any) -> VAE:
+    names = {"class_names": ("a", "b", "c")}
+    return make_vae(channels=[4, 6], latent_channels=latent_channels, scale=1.5, **(names | changes))
+
+
+def plain_of(vae: VAE, label: int) -> VAE:
+    """The VAE of one label, unconditional: the label's rows of the weights are part of the biases."""
+    plain = VAE(**vae.config | {"class_names": []})
+    weights = vae.state_dict()
+    plain.load_state_dict({key: value for key, value in weights.items() if not key.endswith("by_label")})
+    for layers, of in ((plain.encoder, vae.encoder), (plain.decoder, vae.decoder)):
+        first = next(i for i, layer in enumerate(layers) if isinstance(layer, torch.nn.ReLU))
+        layers[first - 1].bias.data += of.by_label.data[label]
+    return plain
+
+
+@both_latents
+@both_likelihoods
+@torch.no_grad()
+def test_given_a_label_it_is_the_vae_of_that_label(latent_channels, likelihood):
+    vae, y = conditional(latent_channels, likelihood=likelihood), torch.tensor([2, 0, 1, 1, 0, 2])
+    x, eps = pixels(6), normal(6, vae.latent_dim)
+    found, bounds = elbo(vae, x, eps, y), importance_weighted_bound(vae, x, y, k=5, generator=seeded(2))
+    for label in range(3):
+        plain, of = plain_of(vae, label), y == label
+        expected = elbo(plain, x, eps, y)  # labels are ignored
+        torch.testing.assert_close(found.reconstruction[of], expected.reconstruction[of])
+        torch.testing.assert_close(found.kl[of], expected.kl[of])
+        bound = importance_weighted_bound(plain, x, k=5, generator=seeded(2))
+        torch.testing.assert_close(bounds[of], bound[of])
+        torch.testing.assert_close(vae.decode(eps, y)[of], plain.decode(eps)[of])
+    assert (found.total - elbo(vae, x, eps, (y + 1) % 3).total).abs().min() > 0.01
+
+
+@torch.no_grad()
+def test_a_label_is_a_one_hot_vector_beside_the_input():
+    vae, z, y = conditional(0), normal(4, 3), torch.tensor([1, 0, 2, 1])
+    weight = torch.cat([vae.decoder[0].weight, vae.decoder.by_label.T], 1)  # (hidden, latent_dim + classes)
+    h = torch.cat([z, torch.eye(3)[y]], 1) @ weight.T + vae.decoder[0].bias
+    for layer in list(vae.decoder)[1:]:
+        h = layer(h)
+    torch.testing.assert_close(vae.decode_logits(z, y), h)
+
+
+def test_labels_that_are_missing_are_asked_for():
+    vae = conditional(0)
+    for call in (lambda: vae.encode(torch.zeros(2, *SHAPE)), lambda: vae.decode(torch.zeros(2, 3))):
+        with pytest.raises(ValueError, match=r"labels, int64 \(2,\)"):
+            call()
+
+
+def test_a_set_without_labels_makes_an_unconditional_vae():
+    wanted = SETTINGS.model_copy(update={"conditional": True})
+    assert vae_of_stage(wanted, SHAPE, NAMES).class_names == NAMES
+    assert vae_of_stage(SETTINGS, SHAPE, NAMES).classes == vae_of_stage(wanted, SHAPE).classes == 0
+
+
+# Labels: from images to drawn images
+
+
+def toy(n: int, *, labelled: bool = True) -> ImageSet:
+    """Dark and bright images in turn, in each of which the left or the right half is the brighter one."""
+    labels, random = np.arange(n, dtype=np.int64) % 2, np.random.RandomState(n)
+    images = np.where(labels, 160, 20)[:, None, None, None] + random.randint(0, 11, (n, *SHAPE))
+    left = random.randint(0, 2, n) == 1
+    images[left, ..., :4] += 70
+    images[~left, ..., 4:] += 70
+    return ImageSet(images.astype(np.uint8), labels if labelled else None, NAMES if labelled else ())
+
+
+def make_checkout(root: Path, changes: dict[str, Any], *, labelled: bool = True) -> None:
+    (root / ".dvc").mkdir(parents=True)
+    durations = ("images", "log_every", "validate_every", "checkpoint_every")
+    short: dict[str, Any] = {f"vae.training.{name}": 16_000 for name in durations}
+    short |= {"vae.training.lr_warmup": 0, "vae.training.batch": 32, "vae.training.lr": 5e-3}
+    short |= {"vae.training.ema_half_life": 1000, "vae.kl_warmup": 0, "precision": "float32"}
+    write_params(root, short | {"vae.conditional": True, "vae.channels": [16, 16]} | changes)
+    sizes = {"train": 200, "validation": 20, "test": 40}
+    splits = {name: toy(n, labelled=labelled) for name, n in sizes.items()}
+    save_images(root / "data/pixels", splits, {"classes": NAMES if labelled else ()})
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["dense", "spatial"])
+def trained(request, tmp_path_factory) -> Path:
+    """A checkout whose VAE the stage has trained."""
+    root = tmp_path_factory.mktemp("checkout") / "root"
+    make_checkout(root, {"vae.latent_channels": request.param})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("REDIFFUSE_TRACKING", "off")
+        train_vae.main()
+    return root
+
+
+@pytest.fixture
+def checkout(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("REDIFFUSE_TRACKING", "off")
+    return trained
+
+
+def looks(images: NDArray[np.uint8] | Tensor) -> list[int]:
+    """The class that each image looks like: 60 and 200 are the mean grey levels of the classes."""
+    greys = np.asarray(images, np.float64).mean((1, 2, 3))
+    near = np.minimum(np.abs(greys - 60), np.abs(greys - 200)) < 40
+    assert near.mean() > 0.98, greys  # a latent far out may be off
+    return [int(grey > 130) for grey in greys]
+
+
+def brighter_half(images: NDArray[np.uint8] | Tensor) -> list[int]:
+    """0: the left one, 1: the right one."""
+    halves = np.asarray(images, np.float64).reshape(-1, 8, 2, 4).mean((1, 3))
+    return list(halves.argmax(1))
+
+
+@torch.no_grad()
+def test_the_label_decides_the_class_and_the_latent_holds_the_rest(checkout):
+    vae, test = load_model(VAE, checkout / "data/models/vae", torch.device("cpu")), toy(40)
+    z = normal(50, vae.latent_dim)
+    for label in (0, 1):
+        assert looks(vae.decode(z, torch.full((50,), label)) * 255) == [label] * 50
+    x, y = to_unit(torch.tensor(test.images)), torch.tensor(test.labels)
+    for labels in (y, 1 - y):
+        decoded = vae.decode(vae.encode(x, y)[0], labels) * 255
+        assert looks(decoded) == labels.tolist() and brighter_half(decoded) == brighter_half(test.images)
+    kl = json.loads((checkout / "metrics/train_vae.json").read_text())["test"]["kl"]
+    assert 0.9 * np.log(2) < kl < 2 * np.log(2)  # a bit for the half; the class would take another one
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture"])
+def test_the_stage_and_generate_draw_the_labels_in_turn(checkout, prior):
+    raw = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(raw.replace("prior: normal", f"prior: {prior}"))
+    assert load_params().sample.vae.prior == prior
+    sample_vae.main()
+    generate("vae", "drawn.npz", n=1000, seed=3)
+    (checkout / "params.yaml").write_text(raw)
+    found = load_sets(checkout / "data/samples/vae", SHAPE, 2)
+    assert found.labels.tolist() == looks(found.sets[0].images) == [0, 1] * 500
+    assert looks(found.reconstructions) == toy(40).labels.tolist()
+    with np.load("drawn.npz") as drawn:
+        assert np.array_equal(drawn["images"], found.sets[0].images)
+        assert np.array_equal(drawn["labels"], found.labels)
+
+
+def test_a_loaded_model_takes_labels_by_name(checkout):
+    model, of_class = rediffuse.load("vae"), toy(40).images[1::2]
+    assert looks(model.generate(20, label="Bright")) == [1] * 20 and looks(model.generate(4)) == [0, 1, 0, 1]
+    assert set(looks(model.reconstruct(of_class, label="bright"))) == {1}
+    assert set(looks(model.interpolate(of_class[0], 3, 5, label="bright"))) == {1}
+    assert (model.nll(of_class[:3], label="bright") < model.nll(of_class[:3], label="dark")).all()
+    for use, *inputs in ((model.reconstruct, of_class), (model.interpolate, 1, 2), (model.nll, of_class)):
+        for label in ({}, {"label": "grey"}):
+            with pytest.raises(UserError, match=r"label.*0 dark, 1 bright"):
+                use(*inputs, **label)
+    settings = sampling_settings(load_params(), "vae")
+    files = model_files("vae", checkout / "data/models/vae", settings, checkout)
+    assert json.loads(files[SAMPLING])["class_names"] == ["dark", "bright"]
+
+
+def test_without_labels_in_the_set_the_stages_make_an_unconditional_vae(tmp_path, monkeypatch):
+    make_checkout(tmp_path / "root", {"vae.training.images": 640}, labelled=False)
+    monkeypatch.chdir(tmp_path / "root")
+    monkeypatch.setenv("REDIFFUSE_TRACKING", "off")
+    train_vae.main()
+    sample_vae.main()
+    assert [path.name for path in Path("data/samples/vae/3").iterdir()] == ["images.npy"]
+    with pytest.raises(UserError, match="without labels"):
+        rediffuse.load("vae").generate(1, label="dark")

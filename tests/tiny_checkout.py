@@ -1,4 +1,4 @@
-"""A checkout with trained models, as far as drawing images needs it: random weights, few channels, small images."""
+"""A checkout with models as far as drawing images needs it: random weights, few channels, small images."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def write_params(root: Path, changes: Mapping[str, Any]) -> Params:
 
 
 def make_checkout(root: Path, **changes: Any) -> Params:
-    """Write parameters, data and both models; changes: leaves of params.yaml, "__" for the dot.  Returns the parameters."""
+    """Write parameters, data and both models.  changes: leaves of params.yaml, with "__" for the dot."""
     (root / ".dvc").mkdir(parents=True)
     params = write_params(root, {name.replace("__", "."): value for name, value in changes.items()})
     rng = np.random.RandomState(0)
-    images = {split: ImageSet(rng.randint(0, 256, (90, *SHAPE)).astype(np.uint8)) for split in ("train", "test")}
+    splits = ("train", "test")
+    images = {split: ImageSet(rng.randint(0, 256, (90, *SHAPE)).astype(np.uint8)) for split in splits}
     save_images(root / "data/pixels", images, {"classes": CLASSES})
     save_vae(root, params, seed=1)
     torch.manual_seed(2)
     denoiser = make_denoiser(params.ddpm, SHAPE, CLASSES)
-    for parameter in denoiser.parameters():  # a network that has learnt nothing yet gives zeros, whatever the label
+    for parameter in denoiser.parameters():  # an untrained network gives zeros for any label
         torch.nn.init.normal_(parameter, std=0.2)
     save_model(denoiser, root / "data/models/ddpm")
     return params

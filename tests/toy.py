@@ -1,4 +1,4 @@
-"""A small repository for the tests of rebuild and keep: three stages, raw data of both kinds, experiments, and rows by the contract.
+"""A small repository for tests: three stages, raw data of both kinds, experiments, and rows.
 
 The stages need nothing but the standard library.  Everything else is real: git, DVC, MLflow's store.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from rediffuse.tracking.git import git_bytes
 from rediffuse.tracking.store import connect, experiment_id
 
 PREPARE = """
@@ -27,7 +28,8 @@ TRAIN = """
 import os
 from pathlib import Path
 from stages.model import SLOPE
-settings = dict(line.split(": ") for line in Path("params.yaml").read_text().splitlines() if not line.endswith(":"))
+lines = Path("params.yaml").read_text().splitlines()
+settings = dict(line.split(": ") for line in lines if not line.endswith(":"))
 scale, chance = float(settings["  scale"]), settings["  chance"] == "true"
 total = sum(map(float, Path("data/pixels/numbers.txt").read_text().split()))
 if settings["  broken"] == "true":
@@ -79,22 +81,26 @@ FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLF
 
 def git(root: Path, *arguments: str) -> str:
     who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"]
-    return subprocess.run(["git", *who, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    command = ["git", *who, *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def dvc(root: Path, *arguments: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    command, pipe = [sys.executable, "-m", "dvc", *arguments], subprocess.PIPE
+    both = {"stdout": pipe, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=root, env=environment, text=True, timeout=120, **both)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def make_repository(root: Path) -> None:
-    """A commit with results, and EXPERIMENTS on it.  The working directory is clean afterwards."""
+    """Make a commit with results, and EXPERIMENTS on it.  The working directory is clean afterwards."""
     for folder in ("stages", "data/raw"):
         (root / folder).mkdir(parents=True)
-    for name, text in {"__init__": "", "model": "SLOPE = 1.0\n", "prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE}.items():
+    stages = {"prepare": PREPARE, "train": TRAIN, "evaluate": EVALUATE}
+    for name, text in ({"__init__": "", "model": "SLOPE = 1.0\n"} | stages).items():
         (root / "stages" / f"{name}.py").write_text(text)
     (root / "params.yaml").write_text(PARAMS)
     (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
@@ -139,38 +145,42 @@ def experiment_ref(root: Path, name: str) -> str:
 
 
 def add_row(
-    root: Path, name: str, *, experiment: bool = False, files: dict[str, bytes] | None = None, metrics: bool = True, **tags: str
+    root: Path,
+    name: str,
+    *,
+    experiment: bool = False,
+    files: dict[str, bytes] | None = None,
+    metrics: bool = True,
+    **tags: str,
 ) -> str:
-    """A row for the experiment of this name, or for a plain `dvc repro` of HEAD, as the pipeline writes it; its id.
+    """Add a row for the experiment of this name, or for a plain `dvc repro` of HEAD.  Return its id.
 
-    files: artifacts that differ from those of the commit; an empty one is left out.  tags: with "." written as "__".
+    files: artifacts that differ from the commit's.  metrics: whether it has numbers.  tags: with "__" for the
+    dot; an empty one is left out.
     """
-    store = client(root)
-    head = git(root, "rev-parse", "HEAD")
-    revision = git(root, "rev-parse", experiment_ref(root, name)) if experiment else head
+    store, head = client(root), git(root, "rev-parse", "HEAD")
+    ref = experiment_ref(root, name) if experiment else "HEAD"
+    revision = git(root, "rev-parse", ref)
     about = {"mlflow.source.git.commit": head, "git.dirty": "false"}
     if experiment:
-        about |= {"dvc.baseline": head, "dvc.exp_name": name, "dvc.exp_ref": experiment_ref(root, name), "dvc.exp_rev": revision}
+        about |= {"dvc.exp_name": name, "dvc.baseline": head, "dvc.exp_ref": ref, "dvc.exp_rev": revision}
     about |= {tag.replace("__", "."): value for tag, value in tags.items()}
-    run = store.create_run(experiment_id(store, str(store.tracking_uri), root), run_name=name, tags={k: v for k, v in about.items() if v})
+    table = experiment_id(store, str(store.tracking_uri), root)
+    filled = {tag: value for tag, value in about.items() if value}
+    row = str(store.create_run(table, run_name=name, tags=filled).info.run_id)
 
     def show(path: str) -> bytes:
-        return subprocess.run(["git", "show", f"{revision}:{path}"], cwd=root, check=True, capture_output=True).stdout
+        return git_bytes(root, "show", f"{revision}:{path}")
 
-    there = {f"recipe/{path}": show(path) for path in ("params.yaml", "dvc.yaml", "dvc.lock")}
-    there |= {path: show(path) for path in ("metrics/toy.json", "metrics/evaluation/toy.json")}
-    for path, content in (there | (files or {})).items():
-        if content:
-            store.log_text(run.info.run_id, content.decode(), path)
-    settings = yaml.safe_load((there | (files or {}))["recipe/params.yaml"])
-    store.log_param(run.info.run_id, "seed", settings["seed"])
-    for key, value in settings["train"].items():
-        store.log_param(run.info.run_id, f"train.{key}", value)
+    artifacts = {f"recipe/{path}": show(path) for path in ("params.yaml", "dvc.yaml", "dvc.lock")}
+    artifacts |= {path: show(path) for path in ("metrics/toy.json", "metrics/evaluation/toy.json")}
+    for path, content in (artifacts | (files or {})).items():
+        store.log_text(row, content.decode(), path)
     if metrics:
-        numbers = json.loads(there["metrics/toy.json"])
-        store.log_metric(run.info.run_id, "toy/n", numbers["n"])
-        store.log_metric(run.info.run_id, "toy/cnn/fd", numbers["cnn"]["fd"])
-    return str(run.info.run_id)
+        numbers = json.loads(artifacts["metrics/toy.json"])
+        store.log_metric(row, "toy/n", numbers["n"])
+        store.log_metric(row, "toy/cnn/fd", numbers["cnn"]["fd"])
+    return row
 
 
 def tags_of(root: Path, row: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Contenders for tests/test_benchmarks.py: functions that a process of its own can import without anything heavy."""
+"""Contenders for tests/test_benchmarks.py, which another process can import without anything heavy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-MIB = 2**20
-
 
 def writes_its_name(diary: Path, name: str, mib: int) -> Callable[[], float]:
-    """Holds so much memory for a moment; each turn adds a line to the diary and returns how many are there."""
-    b"x" * (mib * MIB)  # written to, so that it is resident
+    """Hold so much memory for a moment.  Each turn adds a line to the diary and returns their number."""
+    b"x" * (mib * 2**20)  # written to, so that it is resident
 
     def turn() -> float:
         with diary.open("a") as file:
@@ -23,10 +21,10 @@ def writes_its_name(diary: Path, name: str, mib: int) -> Callable[[], float]:
 
 
 def fails() -> Callable[[], float]:
-    def this_very_turn() -> float:
-        raise ValueError("of all things")
+    def turn() -> float:
+        raise ValueError
 
-    return this_very_turn
+    return turn
 
 
 def dies() -> Callable[[], float]:
@@ -35,4 +33,4 @@ def dies() -> Callable[[], float]:
 
 def lacks(package: str) -> Callable[[], float]:
     importlib.import_module(package)
-    raise AssertionError("the package is there")
+    raise AssertionError("the package exists")

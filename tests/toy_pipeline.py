@@ -11,11 +11,19 @@ from rediffuse.tracking.store import connect
 
 PROJECT = Path(__file__).resolve().parents[1]
 # What in the environment steers DVC, MLflow or tracking.
-FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK")
+FOREIGN = (
+    "DVC_ROOT",
+    "DVC_STAGE",
+    "DVC_EXP_NAME",
+    "DVC_EXP_BASELINE_REV",
+    "MLFLOW_TRACKING_URI",
+    "REDIFFUSE_TRACKING",
+    "RANK",
+)
 STAGES = ["prepare", "train_ddpm", "evaluate_ddpm"]
 
 STAGE = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys
 import yaml
 from PIL import Image
 from rediffuse.training.curves import write_curve
@@ -29,23 +37,23 @@ with stage_run(stage, params, complete=stage == "evaluate_ddpm") as run:
         (folder / "images.npy").write_bytes(bytes([params.seed]))
         (folder / "manifest.json").write_text(json.dumps({"set": "toy", "classes": []}))
     if stage == "train_ddpm":
-        import torch  # so that the environment is recorded
+        if os.environ.get("TOY_TORCH"):
+            import torch  # so that the environment is recorded
         if pathlib.Path("stop").exists():
-            import os, signal
-            run.log_results()  # waits until the row is open
+            run._open_row()
             os.kill(os.getpid(), signal.SIGKILL)
         plots = pathlib.Path("metrics/plots/train_ddpm")
         (plots / "images").mkdir(parents=True)
-        write_curve(plots / "training.csv", [{"images": seen, "loss": params.ddpm.T / seen} for seen in (10, 20)])
+        points = [{"images": seen, "loss": params.ddpm.T / seen} for seen in (10, 20)]
+        write_curve(plots / "training.csv", points)
         Image.new("L", (4, 4), params.ddpm.T % 256).save(plots / "images" / "noising.png")
         pathlib.Path("metrics/train_ddpm.json").write_text(json.dumps({"loss": params.ddpm.T / 20}))
-        run.log_results(pathlib.Path("metrics/train_ddpm.json"), plots)
     if stage == "evaluate_ddpm":
         loss = json.loads(pathlib.Path("metrics/train_ddpm.json").read_text())["loss"]
         pathlib.Path("metrics/evaluation").mkdir(parents=True, exist_ok=True)
-        pathlib.Path("metrics/evaluation/ddpm.json").write_text(json.dumps({"scores": {"fd": loss + params.evaluate.neighbours}}))
-        pathlib.Path("metrics/ddpm.json").write_text(json.dumps({"fd": loss + params.evaluate.neighbours}))
-        run.log_results(pathlib.Path("metrics"))
+        scores = {"fd": loss + params.evaluate.neighbours}
+        pathlib.Path("metrics/evaluation/ddpm.json").write_text(json.dumps({"scores": scores}))
+        pathlib.Path("metrics/ddpm.json").write_text(json.dumps(scores))
 """
 PIPELINE = """
 stages:
@@ -70,9 +78,18 @@ stages:
 
 
 def run(root: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))}
-    environment |= {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(PROJECT / "src")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))
+    }
+    environment |= {
+        f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+        "PYTHONPATH": str(PROJECT / "src"),
+    }
     environment |= {"DVC_NO_ANALYTICS": "1", **variables}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -106,4 +123,8 @@ def rows(root: Path) -> dict[str, Any]:
 
 
 def numbers(row: Any) -> dict[str, float]:
-    return {name: value for name, value in row.data.metrics.items() if not name.startswith(("seconds/", "system/"))}
+    return {
+        name: value
+        for name, value in row.data.metrics.items()
+        if not name.startswith(("seconds/", "system/"))
+    }

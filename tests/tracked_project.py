@@ -1,4 +1,4 @@
-"""A repository as small as can be with a pipeline, rows and results: two stages in the place of training and evaluation."""
+"""A tiny repository with a pipeline, rows and results: two stages in the place of training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from servers import clean_environment
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS = range(0, 500, 100)  # images seen at the points of the curve
 
-# TOY_PAUSE: a folder where the stage says, in mid-training, that it waits, and waits for the file "go"; and in the end how many
-# seconds its block, which is left with the row, took from there.
+# TOY_PAUSE: a folder.  In mid-training the stage writes the file "waiting" there and waits for the file "go".
+# At its end it writes how many seconds its block took from there.
 TRAIN = """
 import json, os, time
 from pathlib import Path
@@ -32,7 +32,7 @@ with stage_run("train_ddpm", params) as run:
         if images == 200 and (folder := os.environ.get("TOY_PAUSE")):
             Path("metrics").mkdir(exist_ok=True)
             Path("metrics/train_ddpm.json").write_text(json.dumps({"half": T / 2}))
-            run.log_results(Path("metrics/train_ddpm.json"))  # sent at once
+            run._open_row().log_results([Path("metrics/train_ddpm.json")])  # sent at once
             Path(folder, "waiting").touch()
             while not Path(folder, "go").exists():
                 time.sleep(0.01)
@@ -40,10 +40,10 @@ with stage_run("train_ddpm", params) as run:
     (plots / "images").mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "images.bin").write_bytes(T.to_bytes(4, "big") * 1000)
-    write_curve(plots / "training.csv", [{"images": seen, "loss": T / (1 + seen)} for seen in range(0, 500, 100)])
+    points = [{"images": seen, "loss": T / (1 + seen)} for seen in range(0, 500, 100)]
+    write_curve(plots / "training.csv", points)
     Image.new("L", (8, 8), T % 256).save(plots / "images" / "noising.png")
     Path("metrics/train_ddpm.json").write_text(json.dumps({"half": T / 2}))
-    run.log_results(Path("metrics/train_ddpm.json"), plots)
 if began:
     Path(folder, "seconds").write_text(str(time.monotonic() - began))
 """
@@ -55,14 +55,13 @@ from rediffuse.params import load_params
 from rediffuse.tracking.row import stage_run
 
 plots, record = Path("metrics/plots/evaluate_ddpm/images"), Path("metrics/evaluation/ddpm.json")
-with stage_run("evaluate_ddpm", load_params(), complete=True) as run:
+with stage_run("evaluate_ddpm", load_params(), complete=True):
     value = int.from_bytes(Path("data/samples/ddpm/images.bin").read_bytes()[:4], "big")
     plots.mkdir(parents=True, exist_ok=True)
     record.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (8, 8), value % 255).save(plots / "scores.png")
     record.write_text(json.dumps({"scores": {"fd": value / 10}}))
     Path("metrics/ddpm.json").write_text(json.dumps({"fd": value / 10}))
-    run.log_results(Path("metrics/ddpm.json"), record, plots.parent)
 """
 STAGES: dict[str, Any] = {
     "train_ddpm": {
@@ -71,7 +70,10 @@ STAGES: dict[str, Any] = {
         "params": ["ddpm"],
         "outs": ["data/samples/ddpm"],
         "metrics": [{"metrics/train_ddpm.json": {"cache": False}}],
-        "plots": [{"metrics/plots/train_ddpm/training.csv": {"cache": False}}, "metrics/plots/train_ddpm/images"],
+        "plots": [
+            {"metrics/plots/train_ddpm/training.csv": {"cache": False}},
+            "metrics/plots/train_ddpm/images",
+        ],
     },
     "evaluate_ddpm": {
         "cmd": "python stages/evaluate.py",
@@ -84,18 +86,20 @@ STAGES: dict[str, Any] = {
 
 
 def expected_metrics(T: int) -> dict[str, float]:
-    """The numbers of a row with this ddpm.T, without those that say how long it took and how busy the machine was."""
+    """The results of a row with this ddpm.T."""
     return {"train_ddpm/half": T / 2, "ddpm/loss": T / (1 + STEPS[-1]), "ddpm/fd": T / 10}
 
 
 def results_of(row: Any) -> dict[str, float]:
     """The row's numbers, without those that say how long it took and how busy the machine was."""
-    return {name: value for name, value in row.data.metrics.items() if not name.startswith(("seconds/", "system/"))}
+    noise = ("seconds/", "system/")
+    return {name: value for name, value in row.data.metrics.items() if not name.startswith(noise)}
 
 
 def pictures_of(client: Any, row: Any) -> set[str]:
     """The keys of the row's pictures."""
-    return {Path(item.path).name.partition("+")[0].replace("~", "/") for item in client.list_artifacts(row.info.run_id, "images")}
+    files = client.list_artifacts(row.info.run_id, "images")
+    return {Path(file.path).name.partition("+")[0].replace("~", "/") for file in files}
 
 
 class Checkout:
@@ -105,10 +109,11 @@ class Checkout:
         self.root, self.variables = root, variables
 
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
-        who = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         environment = clean_environment(**who, PYTHONPATH=str(PROJECT / "src"), **self.variables | variables)
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.root, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        how: dict[str, Any] = {"stdin": null, "stdout": pipe, "stderr": pipe, "text": True}
+        return subprocess.Popen(command, cwd=self.root, env=environment, **how)
 
     def run(self, *command: str, **variables: str) -> str:
         """What the command prints on stdout and stderr; the test fails if it fails."""
@@ -122,9 +127,10 @@ class Checkout:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    said, complained = process.communicate(timeout=120)
-    assert process.returncode == 0, f"{process.args!r} exited with {process.returncode}\n{said[-4000:]}\n{complained[-4000:]}"
-    return said + complained
+    stdout, stderr = process.communicate(timeout=120)
+    status = process.returncode
+    assert status == 0, f"{process.args!r} exited with {status}\n{stdout[-4000:]}\n{stderr[-4000:]}"
+    return stdout + stderr
 
 
 def make_project(root: Path, **variables: str) -> Checkout:

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rediffuse.commands.coding import load as load
+    from rediffuse.commands.generate import load as load
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, when it is asked for (PEP 562): it needs what no stage does."""
+    """Import `load` on first use (PEP 562): it needs packages that no stage needs."""
     if name == "load":
-        return importlib.import_module("rediffuse.commands.coding").load
+        return importlib.import_module("rediffuse.commands.generate").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

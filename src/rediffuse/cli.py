@@ -15,7 +15,7 @@ from rediffuse.runtime.kinds import KINDS
 
 
 class Commands(click.Group):
-    """Commands that end with `error: ...` on stderr and status 1, without a traceback, where the user can mend it."""
+    """Commands that end with `error: ...` on stderr and status 1, without a traceback, after a UserError."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,21 +38,28 @@ def main() -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="A B [C]...")
-@click.option("--instrument", "instruments", multiple=True, metavar="ID", help="Only this instrument; may be given again.")
+@click.option(
+    "--instrument",
+    "instruments",
+    multiple=True,
+    metavar="ID",
+    help="Only this instrument; may be given again.",
+)
 @click.option("--json", "form", flag_value="json", help="Print JSON, for machines.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown, for a report.")
 def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | None) -> None:
     """Compare evaluations, or refuse: numbers stand side by side only if the same ruler measured them.
 
-    Each of A, B, ... is looked for in this order: the word `workspace` (the files of the checkout), a git revision (branch, tag,
-    commit, HEAD~1), a DVC experiment (a name of `dvc exp show`), an MLflow run (id or name).  NAME:vae or NAME:ddpm means that
-    model alone; without it, each model that all of them have is compared.
+    Each of A, B, ... is looked for in this order: the word `workspace` (the files of the checkout), a git
+    revision (branch, tag, commit, HEAD~1), a DVC experiment (a name of `dvc exp show`), an MLflow run (id or
+    name).  NAME:vae or NAME:ddpm means that model alone; without it, each model that all have is compared.
 
-    Rows are comparable if the instrument's SHA-256, the reference images, the settings of the metrics, the rounding and N agree.
-    Every later row stands beside its difference to A in units of spread, the standard deviation between sample sets.
+    Rows are comparable if the instrument's SHA-256, the reference images, the settings of the metrics, the
+    rounding and N agree.  Parameters that differ are listed.  Each later row has its difference to A, also in
+    units of spread, the standard deviation between sample sets.
 
-    The exit status is 0 if everything asked for was compared, and 1 if anything was refused or went wrong.  What only some rows
-    have is named and left out, which is no refusal; with --instrument, only what it names counts.
+    The exit status is 0 if everything asked for was compared, and 1 if anything was refused or went wrong.
+    What only some rows have is named and left out, without a refusal; --instrument restricts this to some.
 
     \b
     Examples:
@@ -61,40 +68,37 @@ def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | No
       rediffuse compare workspace:vae workspace:ddpm
       rediffuse compare HEAD~1:ddpm HEAD:ddpm --instrument fashion-mnist-cnn-v1 --json
     """
-    from rediffuse.commands.compare import FOOTNOTES, Row, label, to_json, to_markdown, to_refusal, to_text
-    from rediffuse.commands.compare import compare as compare_rows
+    from rediffuse.commands import compare as table
     from rediffuse.commands.records import by_model, find_source
 
-    if len(names) < 2:
-        raise UserError(
-            f"a comparison needs at least two rows, got {len(names)}: name two or more, as in `rediffuse compare HEAD workspace`"
-        )
     groups, notes = by_model([find_source(name) for name in names])
-    comparisons = [
-        compare_rows([Row(label(i), source.name, source.origin, record) for i, (source, record) in enumerate(group)], instruments)
-        for group in groups
-    ]
-    refused = [to_refusal(comparison) for comparison in comparisons if comparison.refusals]
-    comparable = any(comparison.comparable for comparison in comparisons)
+    comparisons = [table.compare(rows, instruments) for rows in groups]
+    refused = [table.to_refusal(each) for each in comparisons if each.refusals]
+    comparable = any(each.table for each in comparisons)
     if form == "json":
-        content = {"refused": bool(refused), "notes": notes, "comparisons": [to_json(comparison) for comparison in comparisons]}
+        shown = [table.to_json(each) for each in comparisons]
+        content = {"refused": bool(refused), "notes": notes, "comparisons": shown}
         click.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
     elif comparable:
-        show = to_markdown if form == "markdown" else to_text
-        click.echo("\n\n".join([*map(show, comparisons), *notes, "\n".join(FOOTNOTES)]))
+        texts = [table.to_text(each, markdown=form == "markdown") for each in comparisons]
+        click.echo("\n\n".join([*texts, *notes, table.FOOTNOTES]))
     if refused:
-        verdict = "a part may not be compared" if comparable else "these rows may not be compared, so no numbers are shown"
+        verdict = "a part may not be compared"
+        if not comparable:
+            verdict = "these rows may not be compared, so no numbers are shown"
         raise UserError("\n".join([verdict, *refused]))
 
 
 @main.command()
-@click.option("--all", "every", is_flag=True, help="All experiments, not only those on the commit that is checked out.")
+@click.option(
+    "--all", "every", is_flag=True, help="All experiments, not only those on the commit that is checked out."
+)
 def sync(every: bool) -> None:
     """Complete the rows in MLflow from what DVC knows; doing it again changes nothing.
 
-    A stage that DVC finds up to date starts no process, so nobody logs for it; an experiment gets its commit, and dvc.lock its last
-    entry, when the last process has ended; a server may have been away, a process killed, an experiment pulled from a remote.  Run
-    this afterwards and every row is complete.  `make repro` does.
+    It adds what no process could: cached stages, the final dvc.lock, an experiment's commit, results of a
+    killed process, of an experiment that was pulled, and from a time when the server was away.  `make repro`
+    calls it.
 
     \b
     Examples:
@@ -110,61 +114,58 @@ def sync(every: bool) -> None:
         click.echo("nothing to complete")
 
 
+FORMAT = click.Choice(["folder", "onnx", "diffusers"])
+SAMPLER = click.Choice(["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"])
+MODEL = click.option(
+    "--model",
+    default="ddpm",
+    show_default=True,
+    help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS.",
+)
+SEED = click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same result.")
+LABEL = click.option(
+    "--label",
+    metavar="CLASS",
+    help="Name or index of the class of the images.  [default: no class; a VAE with labels needs one]",
+)
+STEPS = click.option(
+    "--steps", type=int, help="Of DDIM, from images to noise and back; at most T.  [default: 100]"
+)
+
+
+def _number(default: int, help: str) -> Callable[..., Any]:
+    return click.option("-n", "--number", "n", type=int, default=default, show_default=True, help=help)
+
+
 @main.command()
 @click.argument("output")
-@click.option(
-    "--model", default="ddpm", show_default=True, help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS."
-)
-@click.option("--label", metavar="CLASS", help="Name or index of the class; without it the classes take turns.")
-@click.option("-n", "--number", "n", type=int, default=16, show_default=True, help="How many images.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Image i of a seed and a class is always the same.")
-@click.option("--sampler", type=click.Choice(["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"]), help="Of the DDPM.")
+@MODEL
+@click.option("--label", metavar="CLASS", help="Name or index of the class.  [default: all in turn]")
+@_number(16, "How many images.")
+@SEED
+@click.option("--sampler", type=SAMPLER, help="Of the DDPM.")
 @click.option("--steps", type=int, help="Of the DDPM's sampler, at most its T.")
 @click.option("--guidance-scale", type=float, help="Of the DDPM; 1: as trained.")
-def generate(
-    output: str, model: str, label: str | None, n: int, seed: int, sampler: str | None, steps: int | None, guidance_scale: float | None
-) -> None:
-    """Draw images: OUTPUT.png is one grid, OUTPUT.npz holds arrays, anything else is a new folder of PNGs.
+def generate(output: str, model: str, **options: Any) -> None:
+    """Draw images: OUTPUT.png is one grid, OUTPUT.npz holds arrays, any other name is a new folder of PNGs.
 
     \b
     Example:
       rediffuse generate --label "ankle boot" -n 16 out.png
     """
-    from rediffuse.commands.generate import generate as draw
+    from rediffuse.commands.generate import generate as command
 
-    click.echo(draw(model, output, n=n, seed=seed, label=label, sampler=sampler, steps=steps, guidance_scale=guidance_scale))
-
-
-def _uses_a_model(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all commands with a model share."""
-    options = [
-        click.option(
-            "--model",
-            default="ddpm",
-            show_default=True,
-            help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS.",
-        ),
-        click.option(
-            "--label",
-            metavar="CLASS",
-            help="Name or index of the class the images are of; without it: no class, which a VAE with labels refuses.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-STEPS = click.option("--steps", type=int, help="Of the DDPM, in which images become noise and noise images; at most its T.  [default: 100]")
+    click.echo(command(model, output, **options))
 
 
 @main.command()
 @click.argument("output")
 @click.argument("images", nargs=-1, required=True)
-@_uses_a_model
+@MODEL
+@LABEL
 @STEPS
-def reconstruct(output: str, images: tuple[str, ...], model: str, label: str | None, steps: int | None) -> None:
-    """Code IMAGES and decode them again: a VAE by its latents, a DDPM by inverting DDIM.  OUTPUT.png shows both.
+def reconstruct(output: str, images: tuple[str, ...], **options: Any) -> None:
+    """Code IMAGES and decode them: a VAE by its latents, a DDPM by inverting DDIM.  OUTPUT.png shows both.
 
     \b
     Example:
@@ -172,18 +173,19 @@ def reconstruct(output: str, images: tuple[str, ...], model: str, label: str | N
     """
     from rediffuse.commands.coding import reconstruct as command
 
-    click.echo(command(output, images, model=model, label=label, steps=steps))
+    click.echo(command(output, images, **options))
 
 
 @main.command()
 @click.argument("output")
 @click.argument("a")
 @click.argument("b")
-@click.option("-n", "--number", "n", type=int, default=10, show_default=True, help="How many images, A and B included.")
-@_uses_a_model
+@_number(10, "How many images, A and B included.")
+@MODEL
+@LABEL
 @STEPS
-def interpolate(output: str, a: str, b: str, n: int, model: str, label: str | None, steps: int | None) -> None:
-    """Go from A to B, each an image or a seed: through the latents of a VAE, or the noise that a DDPM draws images from.
+def interpolate(output: str, a: str, b: str, **options: Any) -> None:
+    """Draw images from A to B, each an image or a seed: through a VAE's latents or a DDPM's noise.
 
     \b
     Examples:
@@ -192,20 +194,21 @@ def interpolate(output: str, a: str, b: str, n: int, model: str, label: str | No
     """
     from rediffuse.commands.coding import interpolate as command
 
-    click.echo(command(output, (a, b), n=n, model=model, label=label, steps=steps))
+    click.echo(command(output, (a, b), **options))
 
 
 @main.command()
 @click.argument("output")
 @click.argument("image")
 @click.argument("mask")
-@click.option("-n", "--number", "n", type=int, default=8, show_default=True, help="How many ways to fill it in.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Way i of a seed is always the same.")
-@click.option("--rounds", type=int, default=10, show_default=True, help="How often each step is gone: more fit better to what is known.")
-@_uses_a_model
+@_number(8, "How many ways to fill it in.")
+@SEED
+@click.option("--rounds", type=int, default=10, show_default=True, help="Of each step; more fit in better.")
+@MODEL
+@LABEL
 @STEPS
-def inpaint(output: str, image: str, mask: str, n: int, seed: int, rounds: int, model: str, label: str | None, steps: int | None) -> None:
-    """Fill in IMAGE where MASK, an image too, is bright; what is dark stays as it is.  (RePaint, with a DDPM.)
+def inpaint(output: str, image: str, mask: str, **options: Any) -> None:
+    """Fill in IMAGE where the image MASK is bright; the rest stays as it is (RePaint, with a DDPM).
 
     \b
     Example:
@@ -213,19 +216,22 @@ def inpaint(output: str, image: str, mask: str, n: int, seed: int, rounds: int, 
     """
     from rediffuse.commands.coding import inpaint as command
 
-    click.echo(command(output, image, mask, n=n, seed=seed, model=model, label=label, steps=steps, rounds=rounds))
+    click.echo(command(output, image, mask, **options))
 
 
 @main.command()
 @click.argument("images", nargs=-1, required=True)
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the noise.")
+@SEED
 @click.option(
-    "--evaluations", type=int, help="Of the network for each image: times of a DDPM [default: all], samples of a VAE [default: 1]."
+    "--evaluations",
+    type=int,
+    help="Of the network per image: times of a DDPM [default: all], samples of a VAE [default: 1].",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@_uses_a_model
-def nll(images: tuple[str, ...], seed: int, evaluations: int | None, as_json: bool, model: str, label: str | None) -> None:
-    """How improbable IMAGES are to the model: an upper bound of -log p(x) in bits per dimension (ELBO); lower is more probable.
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@MODEL
+@LABEL
+def nll(images: tuple[str, ...], **options: Any) -> None:
+    """Print an upper bound of -log p(x) of IMAGES in bits per dimension (ELBO); lower is more probable.
 
     \b
     Example:
@@ -233,21 +239,21 @@ def nll(images: tuple[str, ...], seed: int, evaluations: int | None, as_json: bo
     """
     from rediffuse.commands.coding import nll as command
 
-    click.echo(command(images, model=model, label=label, seed=seed, evaluations=evaluations, as_json=as_json))
+    click.echo(command(images, **options))
 
 
 @main.command()
 @click.argument("output")
 @click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True, help="Of the checkout.")
-@click.option("--format", "form", type=click.Choice(["folder", "onnx", "diffusers"]), default="folder", show_default=True)
-@click.option("--label", metavar="CLASS", help="Of --format diffusers: name or index of the class it draws; without it: no class.")
-def export(output: str, model: str, form: str, label: str | None) -> None:
-    """Write a model for others, as a new folder OUTPUT with a model card, README.md.
+@click.option("--format", "form", type=FORMAT, default="folder", show_default=True)
+@click.option("--label", metavar="CLASS", help="Class that --format diffusers draws.  [default: no class]")
+def export(output: str, **options: Any) -> None:
+    """Write a model for other programs, as a new folder OUTPUT with a model card, README.md.
 
     \b
-      folder     weights, settings of sampling: for rediffuse.load and the other commands
-      onnx       the network of a DDPM, the decoder of a VAE, for any batch: for onnxruntime
-      diffusers  a DDPM of pixels: for diffusers.DDPMPipeline, which then needs no rediffuse
+      folder     weights and settings of sampling: for rediffuse.load and the other commands
+      onnx       the network of a DDPM or the decoder of a VAE, for any batch: for onnxruntime
+      diffusers  a DDPM of pixels: for diffusers.DDPMPipeline, without rediffuse
 
     \b
     Examples:
@@ -257,7 +263,7 @@ def export(output: str, model: str, form: str, label: str | None) -> None:
     """
     from rediffuse.commands.export import export as command
 
-    click.echo(command(output, model=model, form=form, label=label))
+    click.echo(command(output, **options))
 
 
 @main.command()
@@ -278,20 +284,19 @@ def promote(name: str, model: str, alias: str) -> None:
 
 @main.command()
 @click.argument("row", metavar="RUN")
-@click.option("--stage", metavar="STAGE", help="Only this stage of dvc.yaml; its inputs are taken from DVC's cache, and checked.")
-@click.option("--keep", is_flag=True, help="Leave the clone, and say where it is; a failed stage can be looked into there.")
-def rebuild(row: str, stage: str | None, keep: bool) -> None:
+@click.option("--keep", is_flag=True, help="Leave the clone and say where it is.")
+def rebuild(row: str, keep: bool) -> None:
     """Make the results of a row again, in a fresh clone, and compare every hash and every number.
 
-    RUN is the id or the name of an MLflow run.  Its revision is the experiment's commit, or its ref here or on a git remote, or
-    the commit it started from with the row's code.diff and params.yaml.  The clone has a DVC cache of its own and takes raw data
-    only.  Nothing runs unless parameters, dvc.yaml, code and data are those of the row; what differs is named.
+    RUN is the id or the name of an MLflow run.  An experiment is rebuilt from its own commit, here or on a
+    git remote; a plain `dvc repro` from the commit it ran on, or a later one with its dvc.lock.  Results of
+    code that is in no commit are refused.  The clone has a DVC cache of its own and takes raw data only.
 
     The verdict is the last line, a tag of the row (rebuild.verdict), and the exit status:
 
     \b
       0  exact              every output has the recorded hash
-      3  exact-env-differs  so it has, though the environment is of another class
+      3  exact-env-differs  the same, but on another class of machine
       4  diverged           an output or a number differs; the first stage is named
       1  an error, or a refusal: nothing was compared
 
@@ -299,67 +304,43 @@ def rebuild(row: str, stage: str | None, keep: bool) -> None:
     Examples:
       rediffuse rebuild tidy-ox
       rediffuse rebuild 3f2a9c0d41e84c5f8f0c1a2b3c4d5e6f --keep
-      rediffuse rebuild tidy-ox --stage evaluate_ddpm
     """
     from rediffuse.commands import rebuild as command
     from rediffuse.commands.verdict import STATUS
+    from rediffuse.tracking.sync import sync
 
-    _complete_rows()
-    raise SystemExit(STATUS[command.rebuild(row, stage, keep=keep)])
-
-
-@main.command()
-@click.argument("row", metavar="RUN")
-@click.option("--branch", metavar="NAME", help="The branch; kept/<name of the row> unless given.")
-@click.option("--remote", metavar="REMOTE", help="The git remote; origin, or the only one, unless given.")
-def keep(row: str, branch: str | None, remote: str | None) -> None:
-    """Keep what a row shows: make it a branch, and push branch, experiment and data to the remotes.
-
-    It then outlives `dvc exp remove`, `dvc gc` and this machine.  RUN is the id or the name of an MLflow run.  The results of a
-    plain `dvc repro` are looked for in the history, and else saved from the checkout (`dvc exp save`), if they are still there.
-    Data go to DVC's default remote.
-
-    Without a remote the rest is done, and what is missing is said.  The exit status is 1 if something could not be done: no commit
-    has the results, the branch is another already, or a remote does not take them.  Keeping twice does nothing new.
-
-    \b
-    Examples:
-      rediffuse keep tidy-ox
-      rediffuse keep tidy-ox --branch kept/wide-unet --remote origin
-    """
-    from rediffuse.commands import keep as command
-
-    _complete_rows()
-    command.keep(row, branch, remote)
+    with contextlib.suppress(UserError):  # a row is complete after a sync; if that fails, rebuild says so
+        sync()
+    raise SystemExit(STATUS[command.rebuild(row, keep=keep)])
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context) -> None:
     """Look for what silently breaks reproducibility, and say how to mend it.
 
-    FAIL: results come out wrong or cannot be rebuilt.  warn: may cost a result or its proof.  The exit status is 1 if anything is a
-    FAIL.
+    FAIL: results are wrong or cannot be rebuilt.  warn: may cost a result or its proof.  The exit status is 1
+    if there is a FAIL.
 
     \b
     Example:
       rediffuse doctor
     """
     from rediffuse.commands.doctor import doctor as examine
-    from rediffuse.commands.doctor import failed, to_json, to_text
 
-    groups = examine()
-    click.echo(json.dumps(to_json(groups), indent=2, ensure_ascii=False) if as_json else to_text(groups))
-    ctx.exit(1 if failed(groups) else 0)
+    colours, found = {"ok": "green", "warn": "yellow", "FAIL": "red"}, examine()
+    for level, what, remedy in found:
+        remedy = f"  -> {remedy}" if remedy else ""
+        click.echo(f"{click.style(f'{level:4}', fg=colours[level])}  {what}{remedy}")
+    ctx.exit(int(any(level == "FAIL" for level, *_ in found)))
 
 
 @main.command()
-@click.option("--port", type=int, default=5000, show_default=True, help="Of the server that is started on 127.0.0.1.")
+@click.option("--port", type=int, default=5000, show_default=True, help="Of the server, on 127.0.0.1.")
 def ui(port: int) -> None:
-    """Show the rows in MLflow, and print the address of the page that compares them.
+    """Show the rows in MLflow: print the address of the page that compares them, and serve it.
 
-    Where MLFLOW_TRACKING_URI names a server (http://...), that is the address, and nothing is started.
+    If MLFLOW_TRACKING_URI names a server (http://...), its address is printed and no server is started.
 
     \b
     Example:
@@ -368,11 +349,3 @@ def ui(port: int) -> None:
     from rediffuse.commands.ui import ui as show
 
     show(port)
-
-
-def _complete_rows() -> None:
-    """What a row records is final only after a sync.  Where that fails, the command itself says what it lacks."""
-    from rediffuse.tracking.sync import sync as sync_rows
-
-    with contextlib.suppress(UserError):
-        sync_rows()

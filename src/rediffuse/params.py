@@ -5,6 +5,7 @@ Units: durations and half-lives are counted in images, likelihoods in nats, lear
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -14,28 +15,38 @@ from pydantic_core import ErrorDetails
 
 from rediffuse.runtime.errors import UserError
 
+SIDES = 16, 128  # the smallest and largest side of an image, in pixels
+
+Instrument = Literal[
+    "fashion-mnist-cnn-v1", "classifier", "random-conv-v1", "inception-v3", "efficientnet-lite0"
+]
+# Dimensions of the features: too few images are refused before hours of training, not after.
+DIMENSIONS = {
+    "fashion-mnist-cnn-v1": 64,
+    "classifier": 64,
+    "random-conv-v1": 64,
+    "inception-v3": 2048,
+    "efficientnet-lite0": 1280,
+}
+
 
 def _number(value: Any) -> Any:
-    """Take `1e-05` for a number: YAML 1.1 (PyYAML) reads it as text, and `dvc exp run -S x=1e-5` writes it so."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    """Convert text such as `1e-05`: `dvc exp run -S x=1e-5` writes it, and YAML 1.1 reads it as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-
-
-SIDES = 16, 128  # least and greatest side of an image, in pixels, that models and instruments are made for
+Float = Annotated[float, BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def select(self, fields_of: type) -> dict[str, Any]:
-        """The parameters for which a dataclass or TypedDict has fields, by name: what a model or a training step takes of its group."""
+        """Return by name the parameters for which a dataclass or TypedDict has fields."""
         return self.model_dump(include=set(fields_of.__annotations__))
 
 
@@ -43,41 +54,31 @@ class Data(Group):
     """What the models learn from."""
 
     set: Literal["fashion-mnist", "mnist", "cifar10", "folder"]
-    validation: Annotated[int, Field(ge=1, le=30_000)]
+    validation: int = Field(ge=1, le=30_000)
     path: str
-    size: Annotated[int, Field(ge=0, le=SIDES[1])]
+    size: int = Field(ge=0, le=SIDES[1])
     channels: Literal["auto", 1, 3]
-    validation_share: Annotated[Float, Field(gt=0, lt=1)]
-    test_share: Annotated[Float, Field(gt=0, lt=1)]
-    split_seed: Annotated[int, Field(ge=0)]
+    validation_share: Float = Field(gt=0, lt=1)
+    test_share: Float = Field(gt=0, lt=1)
+    split_seed: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Data:
         if 0 < self.size < SIDES[0]:
-            raise ValueError(f"size ({self.size}) must be {SIDES[0]} to {SIDES[1]} pixels, or 0: the images are all of one size")
+            raise ValueError(
+                f"size ({self.size}) must be {SIDES[0]} to {SIDES[1]} pixels, or 0: all images have the same"
+                " size"
+            )
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
-                f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must leave images to learn from: together"
-                " they must be below 1"
+                f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must leave"
+                " images for training: together they must be below 1"
             )
         return self
 
 
-Instrument = Literal["fashion-mnist-cnn-v1", "classifier", "random-conv-v1", "pixel-pca-v1", "inception-v3", "efficientnet-lite0"]
-
-# Of the features.  Known here so that too few images are refused before hours of training, not after.
-DIMENSIONS: dict[str, int] = {
-    "fashion-mnist-cnn-v1": 64,
-    "classifier": 64,
-    "random-conv-v1": 64,
-    "pixel-pca-v1": 64,
-    "inception-v3": 2048,
-    "efficientnet-lite0": 1280,
-}
-
-
 class Reference(Group):
-    """The instruments that turn images into features; the first one's numbers are the headline.  Without any, no distance is measured."""
+    """The instruments that turn images into features; the first gives the headline numbers."""
 
     instruments: list[Instrument]
 
@@ -85,22 +86,25 @@ class Reference(Group):
 class Training(Group):
     """One training run.  A step takes `batch` images; `images` are seen in all."""
 
-    images: Annotated[int, Field(ge=1)]
-    batch: Annotated[int, Field(ge=1, le=65_536)]
-    lr: Annotated[Float, Field(gt=0, le=1)]
-    lr_warmup: Annotated[int, Field(ge=0)]
+    images: int = Field(ge=1)
+    batch: int = Field(ge=1, le=65_536)
+    lr: Float = Field(gt=0, le=1)
+    lr_warmup: int = Field(ge=0)
     lr_decay: Literal["cosine", "constant"]
-    weight_decay: Annotated[Float, Field(ge=0, le=1)]
-    clip_norm: Annotated[Float, Field(gt=0)]
-    ema_half_life: Annotated[int, Field(ge=0)]
-    log_every: Annotated[int, Field(ge=1)]
-    validate_every: Annotated[int, Field(ge=1)]
-    checkpoint_every: Annotated[int, Field(ge=1)]
+    weight_decay: Float = Field(ge=0, le=1)
+    clip_norm: Float = Field(gt=0)
+    ema_half_life: int = Field(ge=0)
+    log_every: int = Field(ge=1)
+    validate_every: int = Field(ge=1)
+    checkpoint_every: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _possible(self) -> Training:
         if self.batch > self.images:
-            raise ValueError(f"batch ({self.batch}) must not exceed images ({self.images}): one step is the least that trains")
+            raise ValueError(
+                f"batch ({self.batch}) must not exceed images ({self.images}): a training takes at least one"
+                " step"
+            )
         if self.lr_warmup > self.images:
             raise ValueError(f"lr_warmup ({self.lr_warmup}) must not exceed images ({self.images})")
         return self
@@ -109,15 +113,15 @@ class Training(Group):
 class VAE(Group):
     """The variational autoencoder."""
 
-    latent_dim: Annotated[int, Field(ge=1, le=4096)]
-    latent_channels: Annotated[int, Field(ge=0, le=256)]
-    channels: Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=5)]
-    hidden: Annotated[int, Field(ge=1, le=65_536)]
+    latent_dim: int = Field(ge=1, le=4096)
+    latent_channels: int = Field(ge=0, le=256)
+    channels: list[Annotated[int, Field(ge=1, le=2048)]] = Field(min_length=1, max_length=5)
+    hidden: int = Field(ge=1, le=65_536)
     likelihood: Literal["bernoulli", "gaussian"]
     conditional: bool
-    beta: Annotated[Float, Field(ge=0, le=1000)]
-    kl_warmup: Annotated[int, Field(ge=0)]
-    free_bits: Annotated[Float, Field(ge=0, le=10)]
+    beta: Float = Field(ge=0, le=1000)
+    kl_warmup: int = Field(ge=0)
+    free_bits: Float = Field(ge=0, le=10)
     training: Training
 
 
@@ -125,48 +129,48 @@ class DDPM(Group):
     """The denoising diffusion model."""
 
     space: Literal["pixels", "latents"]
-    T: Annotated[int, Field(ge=2, le=10_000)]
+    T: int = Field(ge=2, le=10_000)
     schedule: Literal["linear", "cosine", "sigmoid"]
     predict: Literal["eps", "x0", "v"]
     loss_weight: Literal["simple", "min-snr"]
-    min_snr_gamma: Annotated[Float, Field(gt=0)]
+    min_snr_gamma: Float = Field(gt=0)
     conditional: bool
-    label_drop: Annotated[Float, Field(ge=0, lt=1)]
+    label_drop: Float = Field(ge=0, lt=1)
     stratified: bool
     flip: bool
     fold: Literal[1, 2, 4]
-    width: Annotated[int, Field(ge=8, le=1024, multiple_of=8)]
-    multipliers: Annotated[list[Annotated[int, Field(ge=1, le=16)]], Field(min_length=1, max_length=5)]
-    blocks: Annotated[int, Field(ge=1, le=8)]
-    attention: Annotated[int, Field(ge=0, le=128)]
-    dropout: Annotated[Float, Field(ge=0, lt=1)]
+    width: int = Field(ge=8, le=1024, multiple_of=8)
+    multipliers: list[Annotated[int, Field(ge=1, le=16)]] = Field(min_length=1, max_length=5)
+    blocks: int = Field(ge=1, le=8)
+    attention: int = Field(ge=0, le=128)
+    dropout: Float = Field(ge=0, lt=1)
     training: Training
 
 
 class SampleVAE(Group):
     prior: Literal["normal", "mixture"]
-    components: Annotated[int, Field(ge=1, le=1000)]
+    components: int = Field(ge=1, le=1000)
 
 
 class SampleDDPM(Group):
     sampler: Literal["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"]
-    steps: Annotated[int, Field(ge=1, le=10_000)]
+    steps: int = Field(ge=1, le=10_000)
     spacing: Literal["even", "karras"]
-    eta: Annotated[Float, Field(ge=0, le=1)]
-    guidance_scale: Annotated[Float, Field(ge=0, le=100)]
+    eta: Float = Field(ge=0, le=1)
+    guidance_scale: Float = Field(ge=0, le=100)
 
     @model_validator(mode="after")
     def _possible(self) -> SampleDDPM:
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta ({self.eta}) belongs to the sampler ddim; with {self.sampler} it must be 0")
+            raise ValueError(f"eta ({self.eta}) is for the sampler ddim; with {self.sampler} it must be 0")
         return self
 
 
 class Sample(Group):
-    """How many images are drawn from each model, and how: an independent set of `n` for each of the seeds."""
+    """How images are drawn from each model: an independent set of `n` for each of the seeds."""
 
-    n: Annotated[int, Field(ge=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=100)]
+    n: int = Field(ge=1)
+    seeds: list[Seed] = Field(min_length=1, max_length=100)
     vae: SampleVAE
     ddpm: SampleDDPM
 
@@ -174,18 +178,18 @@ class Sample(Group):
 class Evaluate(Group):
     """The settings of the metrics; part of what makes two numbers comparable."""
 
-    is_splits: Annotated[int, Field(ge=1, le=100)]
-    kid_subsets: Annotated[int, Field(ge=1, le=10_000)]
-    kid_subset_size: Annotated[int, Field(ge=2, le=10_000)]
-    neighbours: Annotated[int, Field(ge=1, le=100)]
-    density_neighbours: Annotated[int, Field(ge=1, le=100)]
-    accuracy_images: Annotated[int, Field(ge=0)]
+    is_splits: int = Field(ge=1, le=100)
+    kid_subsets: int = Field(ge=1, le=10_000)
+    kid_subset_size: int = Field(ge=2, le=10_000)
+    neighbours: int = Field(ge=1, le=100)
+    density_neighbours: int = Field(ge=1, le=100)
+    accuracy_images: int = Field(ge=0)
 
 
 class Params(Group):
     """All of params.yaml."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Seed
     precision: Literal["auto", "float32"]
     compile: Literal["auto", "always", "never"]
     launcher: str
@@ -200,94 +204,95 @@ class Params(Group):
     def _possible(self) -> Params:
         if self.launcher.split()[-1:] != ["-m"]:
             raise ValueError(
-                f"launcher ({self.launcher!r}) must end with -m, because the name of a module follows: `python -m`, or"
-                " `torchrun --nproc-per-node=8 -m` for 8 processes"
+                f"launcher ({self.launcher!r}) must end with -m, because the name of a module follows:"
+                " `python -m`, or `torchrun --nproc-per-node=8 -m` for 8 processes"
             )
         if self.ddpm.space == "latents":
             if not self.vae.latent_channels:
-                raise ValueError(
-                    "ddpm.space (latents) needs a VAE with a spatial latent, and vae.latent_channels is 0: set it to 4, for example"
-                )
+                raise ValueError("ddpm.space latents needs vae.latent_channels above 0, for example 4, got 0")
             if self.vae.conditional:
-                raise ValueError(
-                    "ddpm.space (latents) needs a VAE without labels, and vae.conditional is true: set it to false, and give the label to"
-                    " the DDPM of the latents alone (ddpm.conditional)"
-                )
+                raise ValueError("ddpm.space latents needs vae.conditional false: set ddpm.conditional")
             if self.ddpm.flip:
-                raise ValueError("ddpm.flip (true) mirrors images, and cannot mirror latents: with ddpm.space latents set it to false")
-        if self.sample.ddpm.steps > self.ddpm.T:
+                raise ValueError("ddpm.space latents needs ddpm.flip false: it cannot mirror latents")
+        steps, guidance_scale = self.sample.ddpm.steps, self.sample.ddpm.guidance_scale
+        if steps > self.ddpm.T:
             raise ValueError(
-                f"sample.ddpm.steps ({self.sample.ddpm.steps}) must not exceed ddpm.T ({self.ddpm.T}): lower the one or raise the other"
+                f"sample.ddpm.steps ({steps}) must not exceed ddpm.T ({self.ddpm.T}): lower one or raise the"
+                " other"
             )
-        if self.sample.ddpm.guidance_scale != 1 and not (self.ddpm.conditional and self.ddpm.label_drop > 0):
+        if guidance_scale != 1 and not (self.ddpm.conditional and self.ddpm.label_drop > 0):
             raise ValueError(
-                f"sample.ddpm.guidance_scale ({self.sample.ddpm.guidance_scale}) other than 1 needs a model trained with and without"
-                " labels: set ddpm.conditional to true and ddpm.label_drop above 0"
+                f"sample.ddpm.guidance_scale ({guidance_scale}) other than 1 needs a model trained with and"
+                " without labels: set ddpm.conditional to true and ddpm.label_drop above 0"
             )
-        for name, values in (("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)):
+        lists = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
+        for name, values in lists:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
-        evaluate = self.evaluate
-        least = dict[str, int]()
-        if self.reference.instruments:
-            least |= {
-                "evaluate.is_splits": evaluate.is_splits,
-                "evaluate.kid_subset_size": evaluate.kid_subset_size,
-                "evaluate.neighbours": evaluate.neighbours + 1,
-                "evaluate.density_neighbours": evaluate.density_neighbours + 1,
-            }
-        # With fewer images than dimensions the covariance is singular, and the distance mostly its own bias.
-        least |= {f"{name} in reference.instruments": 2 * DIMENSIONS[name] for name in self.reference.instruments}
-        for name, n in least.items():
+        for name, n in self._least_images().items():
             if self.sample.n < n:
                 raise ValueError(
-                    f"sample.n ({self.sample.n}) must be at least {n} for {name}: raise the one or change the other; of a set too small for"
-                    " that no distances are measured with reference.instruments: []"
+                    f"sample.n ({self.sample.n}) must be at least {n} for {name}: raise one or change the"
+                    " other, or set reference.instruments to [], which measures no distances"
                 )
         return self
+
+    def _least_images(self) -> dict[str, int]:
+        """Return by parameter how many images a set must have.  None are needed without instruments."""
+        if not self.reference.instruments:
+            return {}
+        # With fewer images than dimensions the covariance is singular, and the distance mostly its own bias.
+        names = self.reference.instruments
+        return {
+            "evaluate.is_splits": self.evaluate.is_splits,
+            "evaluate.kid_subset_size": self.evaluate.kid_subset_size,
+            "evaluate.neighbours": self.evaluate.neighbours + 1,
+            "evaluate.density_neighbours": self.evaluate.density_neighbours + 1,
+        } | {f"{name} in reference.instruments": 2 * DIMENSIONS[name] for name in names}
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check the parameters.
 
-    Raises UserError with one line for each thing wrong: the parameter, what is allowed, what was found, what to do.
+    Raises UserError with a line for each error: the parameter, what is allowed, what was found, the remedy.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run from the root of the checkout, where {path.name} lies") from None
+        raise UserError(f"{path} is missing: run from the root of the checkout, where it lies") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of the groups {', '.join(Params.model_fields)}, got {type(raw).__name__}")
+        groups = ", ".join(Params.model_fields)
+        raise UserError(f"{path} must be a mapping of the groups {groups}, got {type(raw).__name__}")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise UserError("\n".join(_message(detail, path.name) for detail in error.errors())) from None
 
 
-def flatten(params: BaseModel) -> dict[str, Any]:
-    """Every leaf by its dotted name, as `-S` takes it: {"ddpm.T": 500, ...}."""
-
-    def leaves(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in node.items():
-            flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return flat
-
-    return leaves(params.model_dump(), "")
+def flatten(params: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """Return every leaf by its dotted name, as `-S` takes it: {"ddpm.T": 500, ...}."""
+    flat: dict[str, Any] = {}
+    for name, value in dict(params).items():
+        if isinstance(value, BaseModel | Mapping):
+            flat |= {f"{name}.{leaf}": parameter for leaf, parameter in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _message(error: ErrorDetails, file: str) -> str:
-    """One line: the parameter, what pydantic says is allowed, and what was found."""
+    """Return one line: the parameter, what pydantic says is allowed, and what was found."""
     name, text = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{name}: {text} ({file})" if name else f"{text} ({file})"
     if error["type"] == "missing":
         return f"{name} is missing ({file})"
     if error["type"] == "extra_forbidden":
-        return f"{name} is not a parameter ({file}); known here: {', '.join(_group_at(error['loc'][:-1]).model_fields)}"
+        known = ", ".join(_group_at(error["loc"][:-1]).model_fields)
+        return f"{name} is not a parameter ({file}); known here: {known}"
     return f"{name}: {text[0].lower()}{text[1:]}, got {error['input']!r} ({file})"
 
 

@@ -1,1 +1,1 @@
-"""What the command `rediffuse` does with results that lie there: no stage imports these modules, so a change in them runs nothing again."""
+"""What the command `rediffuse` does.  No stage imports this, so a change here runs no stage again."""

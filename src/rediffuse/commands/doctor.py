@@ -1,141 +1,152 @@
-"""`rediffuse doctor`: what would silently make results that are wrong or cannot be rebuilt, a line for each thing looked at.
+"""`rediffuse doctor`: find what silently makes results that cannot be rebuilt.
 
-The checks are in checks.py (of the checkout) and machine.py (of all around it); here they are put in order and run.  A check that
-breaks says so in its line, and the others go on.
+Leave out what `dvc status`, `dvc doctor`, `git status` and `pip check` say.  Take none of DVC's locks, so
+that it can run beside the pipeline.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rediffuse.commands import checks, machine
-from rediffuse.commands.checks import Finding, counted
-from rediffuse.commands.machine import Environment
-from rediffuse.tracking.store import checkout_root, repository_root, tracking_uri
+from rediffuse.tracking import environment
+from rediffuse.tracking.attempts import stage_tag
+from rediffuse.tracking.git import git
+from rediffuse.tracking.identity import PASSWORD, one_line
+from rediffuse.tracking.store import EXPERIMENT, checkout_root, connect, repository_root, tracking_uri
 
-Check = tuple[str, Callable[[], list[Finding]]]  # what is looked at, for the line of a check that breaks
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
-
-def doctor() -> dict[str, list[Finding]]:
-    """The findings by group.  Raises UserError outside a checkout."""
-    root = checkout_root()
-    with machine.environment_of_stages(root, os.environ) as environment:
-        return of_checkout(root, os.environ) | of_rows(root, environment) | of_machine(root, os.environ, environment)
-
-
-def run(check: Check) -> list[Finding]:
-    """What the check finds; if it breaks, a warning that says why."""
-    title, look = check
-    try:
-        return look()
-    except Exception as error:  # whatever git, DVC, MLflow or the file system raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return [Finding("warn", f"not checked: {title} ({reason[:200]})")]
+OF_A_STAGE = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "RANK")  # of DVC and torchrun
+CODE = ("src/*.py", "stages/*.py", "dvc.yaml", "dvc.lock", "params.yaml", "requirements.lock")
+NETWORK = re.compile(r"nfs|cifs|smb|afs|ceph|lustre|gluster|gpfs|beegfs|9p|davfs|fuse\.(sshfs|s3fs|rclone)")
 
 
-def failed(groups: Mapping[str, Sequence[Finding]]) -> bool:
-    """Whether anything is a FAIL."""
-    return any(finding.level == "FAIL" for findings in groups.values() for finding in findings)
+class Finding(NamedTuple):
+    """ok: as it should be.  warn: may cost a result or its proof.  FAIL: results are wrong or lost."""
+
+    level: Literal["ok", "warn", "FAIL"]
+    what: str
+    remedy: str = ""
 
 
-def to_text(groups: Mapping[str, Sequence[Finding]]) -> str:
-    """A heading for each group, a line for each finding, and how many there are."""
-    import click
-
-    colours = {"ok": "green", "warn": "yellow", "FAIL": "red"}
-    lines = list[str]()
-    for group, findings in groups.items():
-        lines.append(click.style(group, bold=True))
-        for finding in findings:
-            remedy = f"  -> {finding.remedy}" if finding.remedy else ""
-            lines.append(f"  {click.style(f'{finding.level:4}', fg=colours[finding.level])}  {finding.what}{remedy}")
-    every = [finding.level for findings in groups.values() for finding in findings]
-    lines.append(f"\n{every.count('ok')} ok, {counted(every.count('warn'), 'warning')}, {counted(every.count('FAIL'), 'failure')}")
-    return "\n".join(lines)
-
-
-def to_json(groups: Mapping[str, Sequence[Finding]]) -> dict[str, Any]:
-    """{"ok": whether nothing is a FAIL, "findings": [{"group", "level", "what", "remedy"}]}."""
-    rows = [{"group": group} | vars(finding) for group, findings in groups.items() for finding in findings]
-    return {"ok": not failed(groups), "findings": rows}
+def doctor() -> list[Finding]:
+    """Return what the checks find; one that breaks gives a warning.  Raises UserError outside a checkout."""
+    root, found = checkout_root(), list[Finding]()
+    checks = {
+        "stages run the Python of this environment": check_python,
+        "packages on which results depend are those of requirements.lock": check_packages,
+        "no variable of the shell changes what stages compute or record": check_variables,
+        "git or DVC tracks every file that stages read": check_files,
+        "rows have a safe place and name no other machine for the results here": check_rows,
+    }
+    for title, check in checks.items():
+        try:
+            found += list(check(root)) or [Finding("ok", title)]
+        except Exception as error:  # of git, DVC, MLflow or the file system
+            found.append(Finding("warn", f"not checked: {title} ({one_line(error)})"))
+    return found
 
 
-# The checkout
+def check_python(root: Path) -> Iterator[Finding]:
+    found = shutil.which("python")  # in a venv it is a link to the system's, so compare the folders
+    if not found or Path(found).parent.resolve() != Path(sys.executable).parent.resolve():
+        what = f"stages would run {found or 'no python'}, not {sys.executable}"
+        yield Finding("FAIL", what, "activate the environment (. .venv/bin/activate), or use `make repro`")
 
 
-def of_checkout(root: Path, variables: Mapping[str, str]) -> dict[str, list[Finding]]:
-    """What checks.py finds, in groups."""
+def check_packages(root: Path) -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    names = "|".join(("torch", *environment.PACKAGES))
+    locked = re.findall(rf"^(?:{names})==[^\\\n]*", (root / "requirements.lock").read_text(), re.MULTILINE)
+    for package in map(Requirement, locked):
+        applies = package.marker is None or package.marker.evaluate()
+        if applies and (here := version(package.name)) not in package.specifier:
+            yield Finding("FAIL", f"{package.name} is {here}, locked {package.specifier}", "make environment")
+
+
+def check_variables(root: Path) -> Iterator[Finding]:
+    for name in filter(os.environ.get, OF_A_STAGE):
+        yield Finding("FAIL", f"{name} is set: stages would write into another row", f"unset {name}")
+    for name in filter(os.environ.get, environment.VARIABLES):
+        yield Finding("warn", f"{name} is set: other arithmetic than on machines without it", f"unset {name}")
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    if os.environ.get(name, ":4096:8") not in (":4096:8", ":16:8"):
+        yield Finding("FAIL", f"{name}={os.environ[name]}: two runs on a GPU may differ", f"unset {name}")
+    if os.environ.get("REDIFFUSE_TRACKING", "").lower() == "off":
+        yield Finding("warn", "REDIFFUSE_TRACKING=off: stages write no rows", "unset REDIFFUSE_TRACKING")
+
+
+def check_files(root: Path) -> Iterator[Finding]:
     from dvc.repo import Repo
 
-    commit: Check = ("the commit", lambda: checks.code_is_committed(root))
-    try:
-        with Repo(str(root)) as repo:
-            stages = list(repo.index.stages)
-            groups: dict[str, list[Check]] = {
-                "code": [
-                    commit,
-                    ("files unknown to git", lambda: checks.code_is_known_to_git(root, stages)),
-                    ("data that stages read", lambda: checks.data_are_known(root, stages)),
-                ],
-                "pipeline": [
-                    ("parameters", lambda: checks.parameters_are_listed(root, stages)),
-                    ("stages", lambda: checks.stages_are_plain(stages)),
-                    ("DVC's settings", lambda: checks.settings_of_dvc(repo.config, variables)),
-                ],
-                "results": [
-                    ("dvc.lock", lambda: checks.results_are_current(root, stages)),
-                    ("results not committed", lambda: checks.results_are_committed(root)),
-                    ("DVC's cache", lambda: checks.results_are_kept(stages)),
-                    ("space", lambda: checks.space_is_left(free(Path(repo.cache.local.path)), checks.size_of(stages))),
-                ],
-                "remotes": [
-                    ("DVC's remote", lambda: checks.data_have_a_remote(repo.config)),
-                    ("git's remote", lambda: checks.history_is_pushed(root)),
-                ],
-            }
-            return {group: [finding for check in every for finding in run(check)] for group, every in groups.items()}
-    except Exception as error:  # a dvc.yaml that DVC refuses: of many kinds
-        what = f"DVC cannot read the pipeline: {' '.join(str(error).split())[:300]}"
-        return {"code": run(commit), "pipeline": [Finding("FAIL", what, "mend dvc.yaml; `dvc status` says more")]}
+    with Repo(str(root)) as repo:
+        stages = list(repo.index.stages)
+    made = {Path(out.fs_path) for stage in stages for out in stage.outs}
+    deps = {Path(dep.fs_path) for stage in stages for dep in stage.deps}
+    read = [str(dep) for dep in deps if dep.is_relative_to(root) and not made & {dep, *dep.parents}]
+    names = git(root, "ls-files", "--others", "-z", "--", *read, *CODE).split("\0")
+    if unknown := [name for name in names if name and "__pycache__" not in name]:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        what = f"neither git nor DVC tracks {shown}: clones and `dvc exp run --temp` lack it"
+        yield Finding("FAIL", what, "`git add -f`, or `dvc add` for data, or delete it")
 
 
-def of_rows(root: Path, environment: Callable[[], Environment]) -> dict[str, list[Finding]]:
-    """What is found of the rows and their store."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:  # tracking_uri warns of an address that it ignores
+def check_rows(root: Path) -> Iterator[Finding]:
+    chosen = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    with contextlib.redirect_stderr(io.StringIO()):  # a warning of what is said below
         uri = tracking_uri(repository_root())
-    found = run(("variables of a stage", lambda: machine.no_stage_is_meant(os.environ)))
-    found += run(("the store", lambda: machine.store_answers(uri, ignored=bool(said.getvalue()))))
-    local = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:") else repository_root() / ".dvc"
-    found += run(("the file system", lambda: machine.locks_hold(local, machine.mounts(), rows=uri.startswith("sqlite:"))))
-    there = not any(finding.level == "FAIL" for finding in found) and not (uri.startswith("sqlite:") and not local.is_file())
-    if there:
-        found += run(("rows that say running", lambda: machine.rows_have_ended(uri)))
-        found += run(
-            ("the environment of the results", lambda: machine.environments_agree(machine.recorded_environments(root, uri), environment))
-        )
-    return {"rows": found}
+    if chosen not in ("", uri):
+        what = f"MLFLOW_TRACKING_URI={chosen} is relative, so it is ignored: rows go to {uri}"
+        yield Finding("FAIL", what, "set http://..., postgresql://... or sqlite:////absolute/path")
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and NETWORK.match(kind := file_system(database)):
+        what = f"{database} lies on a network file system ({kind}), where SQLite loses rows"
+        yield Finding("FAIL", what, "set MLFLOW_TRACKING_URI to a server, or to SQLite on a local disk")
+    if uri.startswith("sqlite:") and not database.exists():  # to connect would make it
+        return
+    try:
+        client = connect(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+    except Exception as error:  # of the database or the server
+        what = f"{PASSWORD.sub('//', uri)} does not answer ({type(error).__name__}): no rows are written"
+        yield Finding("FAIL", what, "start the server or set MLFLOW_TRACKING_URI, later `rediffuse sync`")
+        return
+    if experiment:
+        yield from check_machine(root, client, experiment.experiment_id)
 
 
-def of_machine(root: Path, variables: Mapping[str, str], environment: Callable[[], Environment]) -> dict[str, list[Finding]]:
-    """What is found of Python, its packages and the hardware."""
-    lock = root / "requirements.lock"
-    every: list[Check] = [
-        ("python", lambda: machine.python_is_ours(shutil.which("python", path=variables.get("PATH")), sys.executable)),
-        ("packages", lambda: machine.packages_are_locked(lock.read_text(), machine.installed())),
-        (".venv", lambda: machine.venv_is_current(root / ".venv", lock) if Path(sys.prefix) == root / ".venv" else []),
-        ("hardware", lambda: machine.hardware_is_deterministic(environment())),
-    ]
-    return {"machine": [finding for check in every for finding in run(check)]}
+def file_system(path: Path) -> str:
+    """Return the type of the file system that a path is or will be on."""
+    import psutil
+
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[place] for place in (path, *path.resolve().parents) if place in mounts), "")
 
 
-def free(path: Path) -> int:
-    """Bytes left where the path lies, or will lie."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(there).free
+def check_machine(root: Path, client: MlflowClient, experiment: str) -> Iterator[Finding]:
+    """Compare this machine with the one that computed the results here, as far as rows say."""
+    from rediffuse.commands.rows import read_artifact
+    from rediffuse.tracking.lineage import lineage_of_checkout
+
+    here = environment.describe_environment()
+    for stage, key in lineage_of_checkout(root).keys.items():
+        tag, query = stage_tag(stage, "environment"), f"tags.`{stage_tag(stage, 'key')}` = '{key}'"
+        rows = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])
+        for row in [row for row in rows if tag in row.data.tags][:1]:  # the latest that computed it
+            there = json.loads(read_artifact(client, row, f"recipe/environment/{row.data.tags[tag]}.json"))
+            if not environment.same_machine_class(there, here):
+                different = "; ".join(environment.differences(there, here)[:4])
+                what = f"{stage} was computed by another class of machine: {different}"
+                yield Finding("warn", what, "use the same packages and threads, or `dvc repro -f` here")

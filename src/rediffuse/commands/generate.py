@@ -1,11 +1,8 @@
-"""Draw images from a trained model: one of the checkout, of a folder, or of MLflow's registry."""
+"""Load a trained model from the checkout, a revision, a folder or MLflow, and draw images from it."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +12,7 @@ from rediffuse.inference.settings import SAMPLING, pack_settings, packed_setting
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.kinds import KINDS, read_config
+from rediffuse.tracking.identity import one_line
 from rediffuse.tracking.lineage import MODELS, SAMPLES
 from rediffuse.tracking.store import checkout_root
 
@@ -28,56 +26,59 @@ COLUMNS = 10  # of a grid
 
 
 def generate(
-    model: str,
-    output: str,
-    *,
-    n: int,
-    seed: int,
-    label: str | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    model: str, output: str, *, n: int, seed: int, label: str | None = None, **settings: Any
 ) -> Path:
-    """Draw n images and write them: OUTPUT.png as one grid, OUTPUT.npz as arrays, else a folder of PNGs.  Returns where they are.
+    """Draw n images and write them as `write_images`.  Returns where they are.
 
-    model: vae or ddpm, of the checkout; REVISION:vae or REVISION:ddpm, of a commit or an experiment; a folder with a model; or an address
-    of MLflow's, models:/NAME@ALIAS or models:/NAME/VERSION.  label: a class by name or index; None: the classes in turn.
-    sampler, steps, guidance_scale: of a DDPM; None: as the parameters of the checkout or revision say, or what the model in MLflow was
-    registered with.
-    Raises UserError for what does not exist or does not fit, before anything is drawn.
+    model: as in `load`.  label: a class by name or index; None: the classes in turn.  settings: as in `load`;
+    those that are None stay as the model comes.  Raises UserError for what does not exist or does not fit,
+    before drawing.
     """
     target = checked_target(output)
-    overrides = {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
-    with image_model(model, {name: value for name, value in overrides.items() if value is not None}) as images_of:
-        number = None if label is None else images_of.label(label)
-        images, labels = images_of.draw(n, seed=seed, label=number)
+    loaded = load(model, **{name: value for name, value in settings.items() if value is not None})
+    images, labels = loaded.draw(n, seed=seed, label=None if label is None else loaded.label(label))
     write_images(target, images, labels)
     return target
 
 
-@contextmanager
-def image_model(name: str, overrides: Mapping[str, Any]) -> Iterator[ImageModel]:
-    """The model that the user means, loaded, for the length of the block.  Raises UserError if there is none."""
+def load(model: str | Path = "ddpm", **settings: Any) -> ImageModel:
+    """Return a trained model, on the GPU if there is one.  The process becomes deterministic.
+
+    model: vae or ddpm, of the checkout; REVISION:vae or REVISION:ddpm, of a commit or an experiment; a folder
+    with a model; or an address of MLflow, models:/NAME@ALIAS or models:/NAME/VERSION.  settings: of sampling,
+    instead of those the model comes with: sampler, steps, spacing, eta, guidance_scale (see params.yaml).
+    Raises UserError if there is no such model, or the settings do not fit it.
+    """
     from rediffuse.inference.model import load_image_model
     from rediffuse.sampling.vae import PRIOR
 
+    name, prior = str(model), None
     with tempfile.TemporaryDirectory(prefix="rediffuse-") as temporary:
-        prior = None
         if name in KINDS:
             folder = checkout_root() / MODELS / name
             prior = checkout_root() / SAMPLES / "vae" / PRIOR
         elif name.startswith("models:"):
-            folder = _download(name, Path(temporary)) / "artifacts"
+            folder = _from_mlflow(name, Path(temporary)) / "artifacts"
         elif name.endswith(tuple(f":{kind}" for kind in KINDS)):
-            folder = _of_revision(name, Path(temporary))
+            folder = _from_revision(name, Path(temporary, "model"))
         else:
             folder = _model_folder(Path(name))
-        settings = packed_settings(folder) if (folder / SAMPLING).is_file() else _settings_of_checkout(folder)
-        yield load_image_model(folder, _overridden(settings, overrides), prior=prior)
+        if (folder / SAMPLING).is_file():
+            own = packed_settings(folder)
+        else:
+            params = load_params(checkout_root() / "params.yaml")
+            own = sampling_settings(params, read_config(folder)["kind"])
+        if settings and "sampler" not in own:
+            option = next(iter(settings)).replace("_", "-")
+            raise UserError(f"--{option} belongs to the ddpm; a VAE decodes in one step: leave it out")
+        own |= settings
+        if own.get("sampler", "ddim") != "ddim":
+            own["eta"] = 0.0  # only ddim has an eta
+        return load_image_model(folder, own, prior=prior)
 
 
-def _of_revision(name: str, folder: Path) -> Path:
-    """The model of a commit or an experiment, from DVC's cache or remote, with the settings of its params.yaml."""
+def _from_revision(name: str, folder: Path) -> Path:
+    """Fetch the model of a commit or an experiment, with the settings of its params.yaml."""
     from dvc.api import DVCFileSystem  # takes a second to import
 
     from rediffuse.commands.records import commit_called, split_name
@@ -89,42 +90,20 @@ def _of_revision(name: str, folder: Path) -> Path:
         files = DVCFileSystem(str(root), rev=commit)
         params = yaml.safe_load(files.read_text("params.yaml"))
         settings = {"precision": params["precision"], **params["sample"][kind]}
-        files.get(f"{MODELS}/{kind}", str(folder / "model"), recursive=True)
+        files.get(f"{MODELS}/{kind}", str(folder), recursive=True)
         if settings.get("prior") == "mixture":
-            files.get(f"{SAMPLES}/vae/{PRIOR}", str(folder / "model" / PRIOR))
-    except Exception as error:  # DVC raises what its caches and remotes raise
+            files.get(f"{SAMPLES}/vae/{PRIOR}", str(folder / PRIOR))
+    except Exception as error:  # DVC raises many kinds of its caches and remotes
         raise UserError(
-            f"--model {name} cannot be had ({' '.join(str(error).split())[:300]}): fetch it with `dvc pull`, or make it again with"
-            " `dvc repro` in that revision"
+            f"--model {name} is not in DVC's cache or remote ({one_line(error)}): fetch it with `dvc pull`,"
+            " or make it again with `dvc repro` in that revision"
         ) from None
-    (folder / "model" / SAMPLING).write_bytes(pack_settings(read_config(folder / "model")["kind"], settings, ()))
-    return folder / "model"
+    (folder / SAMPLING).write_bytes(pack_settings(read_config(folder)["kind"], settings, ()))
+    return folder
 
 
-def _model_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(
-            f"--model {path} is no folder; give vae or ddpm for a model of the checkout, HEAD:ddpm or EXPERIMENT:ddpm, a folder with"
-            " model.safetensors and config.json, or an address of MLflow's such as models:/rediffuse-ddpm@champion"
-        )
-    return path / "artifacts" if (path / "MLmodel").is_file() else path
-
-
-def _settings_of_checkout(folder: Path) -> dict[str, Any]:
-    return sampling_settings(load_params(checkout_root() / "params.yaml"), read_config(folder)["kind"])
-
-
-def _overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with those from the command line in their places; another sampler than ddim has no eta."""
-    if overrides and "sampler" not in settings:
-        raise UserError(f"--{next(iter(overrides)).replace('_', '-')} belongs to the ddpm; a VAE decodes in one step: leave it out")
-    changed = {**settings, **overrides}
-    return changed if changed.get("sampler", "ddim") == "ddim" else {**changed, "eta": 0.0}
-
-
-def _download(address: str, folder: Path) -> Path:
-    """The MLflow model at this address, downloaded.  Raises UserError if the store does not have it or cannot be read."""
-    from rediffuse.tracking.identity import PASSWORD
+def _from_mlflow(address: str, folder: Path) -> Path:
+    """Download the model at this address.  Raises UserError if the store does not have it."""
     from rediffuse.tracking.models import open_registry
 
     client, uri = open_registry()
@@ -132,53 +111,61 @@ def _download(address: str, folder: Path) -> Path:
         import mlflow.artifacts
         from mlflow.store.artifact.utils.models import get_model_name_and_version
 
-        # MLflow's own download asks the process's global store for a models: address; this asks ours.
+        # MLflow's own download of a models: address asks the process's global store; this asks ours.
         found = get_model_name_and_version(client, address)
-        source = client.get_logged_model(*found).artifact_location if len(found) == 1 else client.get_model_version_download_uri(*found)
+        if len(found) == 1:
+            source = client.get_logged_model(*found).artifact_location
+        else:
+            source = client.get_model_version_download_uri(*found)
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
-    except Exception as error:  # MLflow raises what its database, server or file system raise
-        reason = PASSWORD.sub("//", " ".join(f"{error}".split()))
+    except Exception as error:  # MLflow raises many kinds of its database, server and file system
         raise UserError(
-            f"--model {address} cannot be fetched from MLflow ({reason[:300]}): `make ui` shows the models that are registered;"
-            " `rediffuse promote` gives one an alias"
+            f"--model {address} cannot be fetched from MLflow ({one_line(error)}): `make ui` shows the"
+            " registered models; `rediffuse promote` gives one an alias"
         ) from None
 
 
+def _model_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(
+            f"--model {path} is no folder: give vae or ddpm (of the checkout), HEAD:ddpm or EXPERIMENT:ddpm,"
+            " a folder with model.safetensors and config.json, or models:/rediffuse-ddpm@champion (of MLflow)"
+        )
+    return path / "artifacts" if (path / "MLmodel").is_file() else path
+
+
 def checked_target(output: str) -> Path:
-    """Where the images go.  Raises UserError for an ending that names another form, and for a folder that holds something."""
+    """Return where to write images.  Raises UserError for an unknown ending or a folder with files."""
     target = Path(output)
-    suffix = target.suffix.lower()
-    if suffix in (".png", ".npz"):
+    if target.suffix.lower() in (".png", ".npz"):
         if target.is_dir():
             raise UserError(f"OUTPUT {output} is a folder: give a file, or a folder without this ending")
-        return target
-    if suffix and not output.endswith("/") and not target.is_dir():
-        raise UserError(f"OUTPUT must end in .png (one grid) or .npz (arrays), or be a folder (for one, end it in /), got {output}")
-    if target.exists() and not target.is_dir():
+    elif target.is_dir():
+        if any(target.iterdir()):
+            raise UserError(f"OUTPUT {output} is a folder that holds something: give a new or empty one")
+    elif target.exists():
         raise UserError(f"OUTPUT {output} is a file: for a folder of PNGs give another name")
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError(f"OUTPUT {output} is a folder that holds something: give a new one, so that its images are of one drawing")
+    elif target.suffix and not output.endswith("/"):
+        raise UserError(
+            "OUTPUT must end in .png (one grid) or .npz (arrays), or be a folder (end it in / if its name has"
+            f" a dot), got {output}"
+        )
     return target
 
 
-def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, *, columns: int = COLUMNS) -> None:
-    """Write the images wholly or not at all."""
+def write_images(target: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> None:
+    """Write the images atomically: .png as one grid, .npz as arrays, any other name as a folder of PNGs."""
     from rediffuse.figures.grid import grid
     from rediffuse.images.files import encode_image, save_npz, save_png
+    from rediffuse.images.image_set import replacing
 
     if target.suffix.lower() == ".png":
-        save_png(grid(images, min(len(images), columns), scale=2), target)
-        return
-    if target.suffix.lower() == ".npz":
-        save_npz(target, {"images": images} if labels is None else {"images": images, "labels": labels})
-        return
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    incoming = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        for i, image in enumerate(images):
-            (incoming / f"{i:05d}.png").write_bytes(encode_image(image))
-        incoming.chmod(0o755)  # mkdtemp's folders are for nobody else
-        incoming.replace(target)  # takes the place of an empty folder, and of no other
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+        save_png(grid(images, min(len(images), COLUMNS)), target)
+    elif target.suffix.lower() == ".npz":
+        save_npz(target, {"images": images} | ({} if labels is None else {"labels": labels}))
+    else:
+        with replacing(target.absolute()) as incoming:
+            for i, image in enumerate(images):
+                (incoming / f"{i:05d}.png").write_bytes(encode_image(image))
+            if target.exists():
+                target.rmdir()  # fails unless it is still empty

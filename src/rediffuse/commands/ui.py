@@ -16,20 +16,21 @@ HOST = "127.0.0.1"
 
 
 def ui(port: int) -> None:
-    """Print the address of the page that compares rows; unless MLFLOW_TRACKING_URI is a server, become one on this port.
+    """Print the address of the page that compares rows, and become a server on this port.
 
-    Raises UserError outside a checkout, and where the store cannot be reached.
+    No server is started if MLFLOW_TRACKING_URI names one.  Raises UserError outside a checkout, and if the
+    store cannot be reached.
     """
     root = repository_root()
     uri, files = tracking_uri(root), root / ".mlflow"
-    served = uri.startswith(("http://", "https://"))
+    shown, served = PASSWORD.sub("//", uri), uri.startswith(("http://", "https://"))
     try:
         files.mkdir(exist_ok=True)
         with row_lock(root):
             experiment = experiment_id(connect(uri), uri, root)
-    except Exception as error:  # MLflow raises what its database, server or file system raise
-        raise UserError(f"the rows in {PASSWORD.sub('//', uri)} cannot be shown ({one_line(error)})") from None
-    server = PASSWORD.sub("//", uri).rstrip("/") if served else f"http://{HOST}:{port}"
+    except Exception as error:  # MLflow raises many kinds of its database, server and file system
+        raise UserError(f"the rows in {shown} cannot be shown ({one_line(error)})") from None
+    server = shown.rstrip("/") if served else f"http://{HOST}:{port}"
     click.echo(f"Charts and pictures: {ADDRESS.format(server=server, experiment=experiment)}")
     if served:
         return

@@ -1,4 +1,4 @@
-"""What became of each output, number and library when a row was rebuilt, and the verdict.
+"""Compare what was rebuilt with what the row records, and judge it.
 
 Knows nothing of git, DVC or MLflow: entries of dvc.lock, numbers and records in, lines of text out.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rediffuse.commands.compare import WITHIN
 from rediffuse.tracking.lock import Entries, hashes
 
-STATUS = {"exact": 0, "exact-env-differs": 3, "diverged": 4}  # exit status; 1 is that of errors and refusals
+STATUS = {"exact": 0, "exact-env-differs": 3, "diverged": 4}  # exit status; 1 is an error or a refusal
 SHORT = 8  # digits of a hash that are shown
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """An output of a stage and its hash, as recorded and as rebuilt; None where one of the two lacks it."""
 
     stage: str
@@ -31,9 +29,11 @@ class Output:
         return self.recorded is not None and self.recorded == self.rebuilt
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number that differs, or that the row lacks (recorded: None).  spread: the recorded standard deviation, if there is one."""
+class Metric(NamedTuple):
+    """A number that differs from the row's, or that the row lacks (recorded: None).
+
+    spread: recorded standard deviation between sample sets, if there is one.
+    """
 
     name: str
     recorded: float | None
@@ -43,66 +43,62 @@ class Metric:
     def __str__(self) -> str:
         if self.recorded is None:
             return f"{self.name}: not in the row, rebuilt {self.rebuilt!r}"
-        text = f"{self.name}: recorded {self.recorded!r}, rebuilt {self.rebuilt!r}, difference {self.rebuilt - self.recorded:+.3g}"
+        difference = self.rebuilt - self.recorded
+        text = f"{self.name}: recorded {self.recorded!r}, rebuilt {self.rebuilt!r}, {difference:+.3g}"
         if not self.spread:
-            return f"{text}, no recorded spread to count in"
-        units = (self.rebuilt - self.recorded) / self.spread
-        return f"{text}, {units:+.2f} units of spread: {'within' if abs(units) < WITHIN else 'beyond'} the recorded spread"
+            return f"{text}, no spread is recorded"
+        units = difference / self.spread
+        within = "within" if abs(units) < WITHIN else "beyond"
+        return f"{text} or {units:+.2f} units of spread, {within} the recorded spread"
 
 
-def compare_outputs(stages: Sequence[str], recorded: Entries, rebuilt: Entries) -> list[Output]:
-    """A line for each output of these stages, in their order."""
-    lines = []
-    for stage in stages:
-        before, after = (hashes(lock.get(stage, {}).get("outs", ())) for lock in (recorded, rebuilt))
-        lines += [Output(stage, path, before.get(path), after.get(path)) for path in dict.fromkeys([*before, *after])]
-    return lines
+def compare_outputs(recorded: Entries, rebuilt: Entries) -> list[Output]:
+    """Return every output of the rebuilt stages, in the order in which they ran."""
+    found = list[Output]()
+    for stage, entry in rebuilt.items():
+        before, after = hashes(recorded.get(stage, {}).get("outs", ())), hashes(entry.get("outs", ()))
+        paths = dict.fromkeys([*before, *after])
+        found += [Output(stage, path, before.get(path), after.get(path)) for path in paths]
+    return found
 
 
-def compare_metrics(recorded: Mapping[str, float], rebuilt: Mapping[str, float], records: Mapping[str, Any]) -> list[Metric]:
-    """The rebuilt numbers that the row has otherwise or not at all.  records: {model: record}, for the spread."""
+def compare_metrics(
+    recorded: Mapping[str, float], rebuilt: Mapping[str, float], records: Mapping[str, Any]
+) -> list[Metric]:
+    """Return the rebuilt numbers that differ from the row's.  records: {model: record}, for their spread."""
     return [
-        Metric(name, recorded.get(name), value, spread_of(records, name)) for name, value in rebuilt.items() if recorded.get(name) != value
+        Metric(name, recorded.get(name), value, spread_of(records, name))
+        for name, value in rebuilt.items()
+        if recorded.get(name) != value
     ]
 
 
 def spread_of(records: Mapping[str, Any], name: str) -> float | None:
-    """The standard deviation between sample sets of a metric such as ddpm/fashion-mnist-cnn-v1/fd, if the record has it."""
+    """Return the standard deviation of a metric such as ddpm/fashion-mnist-cnn-v1/fd, if recorded."""
     model, *keys = name.split("/")
-    record, *rest = records.get(model, {}), *keys
-    if len(keys) == 2:
-        places = [("instruments", keys[0], "scores", keys[1]), ("instruments", *keys), ("instruments", keys[0], "rows", "train", keys[1])]
-    else:
-        places = [tuple(rest), ("memorisation", *rest)]
-    for place in places:
-        node: Any = record
-        for key in place:
+    instrument, rest = ["instruments", *keys[:1]], keys[1:]
+    places = [[*instrument, "scores", *rest], [*instrument, *rest], [*instrument, "rows", "train", *rest]]
+    for place in [*places, keys, ["memorisation", *keys]]:
+        node = records.get(model)
+        for key in [*place, "std"]:
             node = node.get(key) if isinstance(node, Mapping) else None
-        std = node.get("std") if isinstance(node, Mapping) else None
-        if isinstance(std, int | float) and math.isfinite(std) and std > 0:
-            return float(std)
+        if isinstance(node, int | float) and math.isfinite(node) and node > 0:
+            return float(node)
     return None
 
 
-def judge(outputs: Sequence[Output], metrics: Sequence[Metric], same_environment: bool | None) -> str:
-    """exact, exact-env-differs or diverged.  A number that the row lacks cannot contradict it; one that it has otherwise does."""
+def judge(outputs: Sequence[Output], metrics: Sequence[Metric], same_environment: bool) -> str:
+    """Return exact, exact-env-differs or diverged.  A number that the row lacks contradicts nothing."""
     if not all(output.same for output in outputs) or any(metric.recorded is not None for metric in metrics):
         return "diverged"
-    return "exact-env-differs" if same_environment is False else "exact"
+    return "exact" if same_environment else "exact-env-differs"
 
 
-def first_diverging(outputs: Sequence[Output]) -> str | None:
-    """The first stage, in their order, with an output that is not the same."""
-    return next((output.stage for output in outputs if not output.same), None)
-
-
-def table(outputs: Sequence[Output]) -> list[str]:
-    """One line for each output, under a head, in columns."""
-    rows = [("stage", "output", "recorded", "rebuilt", "")]
-    rows += [(o.stage, o.path, _short(o.recorded), _short(o.rebuilt), "same" if o.same else "DIFFERS") for o in outputs]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _short(value: str | None) -> str:
-    return value[:SHORT] if value else "missing"
+def table(outputs: Sequence[Output]) -> str:
+    """Return a line for each output, under a head, in columns."""
+    rows: list[tuple[str, ...]] = [("stage", "output", "recorded", "rebuilt", "")]
+    for output in outputs:
+        hashes = [(value or "missing")[:SHORT] for value in (output.recorded, output.rebuilt)]
+        rows.append((output.stage, output.path, *hashes, "same" if output.same else "DIFFERS"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

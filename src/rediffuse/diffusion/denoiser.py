@@ -1,4 +1,4 @@
-"""The denoiser: a U-Net, what its output means, and the schedule it was trained on."""
+"""The denoiser: a U-Net, the meaning of its output, and the schedule it is trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rediffuse.runtime.weights import Rebuildable
 
 
 class Architecture(UNetArchitecture):
-    """The arguments of a Denoiser beside the images' shape, classes and range."""
+    """The arguments of a Denoiser except the images' shape, classes and range."""
 
     T: int
     schedule: Name
@@ -23,17 +23,22 @@ class Architecture(UNetArchitecture):
 
 
 class Denoiser(Rebuildable):
-    """A network that predicts eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
+    """Predict eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
 
-    shape: (C, H, W) of the images, which are in [-1, 1]; clip: False for other data, which know no bounds.  class_names: of the labels
-    0, 1, ..., none for an unconditional model; the label `classes`, one past the last, means "no label".  The schedule is no buffer: an
-    average of the weights must not touch it.  `config` has the arguments that rebuild it.
+    shape: (C, H, W).  clip: True for images, which are in [-1, 1]; False for unbounded data such as latents.
+    class_names: names of the labels 0, 1, ...; empty for an unconditional model.  The label `classes`, one
+    past the last, means "no label".  `config` holds the arguments that rebuild it.
     """
 
     kind: ClassVar[Kind] = "ddpm"
 
     def __init__(
-        self, shape: Sequence[int], *, class_names: Sequence[str] = (), clip: bool = True, **architecture: Unpack[Architecture]
+        self,
+        shape: Sequence[int],
+        *,
+        class_names: Sequence[str] = (),
+        clip: bool = True,
+        **architecture: Unpack[Architecture],
     ) -> None:
         super().__init__()
         self.config = {"shape": list(shape), "class_names": list(class_names), "clip": clip, **architecture}

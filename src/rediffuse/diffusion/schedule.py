@@ -1,8 +1,7 @@
 """The variance schedule: how much of the image is left after t steps of noise.
 
-Everything follows from one table, log SNR(t) = log(alpha_bar_t / (1 - alpha_bar_t)), t = 0..T: alpha_bar is its sigmoid,
-1 - alpha_bar the sigmoid of its negative (so neither is ever a difference of nearly equal numbers), and what eps-, x_0- and
-v-networks have in common is a function of it.  Knows nothing of networks.
+Everything follows from one table, log SNR(t) = log(alpha_bar_t / (1 - alpha_bar_t)), t = 0..T.  alpha_bar is
+its sigmoid and 1 - alpha_bar the sigmoid of its negative, so neither is a difference of nearly equal numbers.
 
     DDPM: Ho et al. 2020, arXiv:2006.11239          cosine: Nichol & Dhariwal 2021, arXiv:2102.09672
     v:    Salimans & Ho 2022, arXiv:2202.00512      sigmoid: Jabri et al. 2022, arXiv:2212.11972
@@ -12,7 +11,6 @@ v-networks have in common is a function of it.  Knows nothing of networks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -25,63 +23,56 @@ Name = Literal["linear", "cosine", "sigmoid"]
 Predict = Literal["eps", "x0", "v"]
 Weighting = Literal["simple", "min-snr"]
 
-MAX_BETA = 0.999  # Nichol & Dhariwal 2021: the last step of a schedule that ends at alpha_bar = 0 would divide by zero
+MAX_BETA = 0.999  # Nichol & Dhariwal 2021: without it, a schedule that ends at alpha_bar = 0 divides by zero
 
 
 def linear(u: Tensor) -> Tensor:
-    """log alpha_bar at u = t/T of Ho's linear betas, 1e-4 to 0.02 at T = 1000, in the limit of many steps.
+    """Return log alpha_bar at u = t/T of Ho's linear betas, 1e-4 to 0.02 at T = 1000, for many steps.
 
-    With beta(u) = 0.1 + 19.9 u this is the VP-SDE of Song et al. 2021 (arXiv:2011.13456, app. C), so that every T, not only
+    With beta(u) = 0.1 + 19.9 u, the VP-SDE of Song et al. 2021 (arXiv:2011.13456, app. C), every T, not only
     1000, ends at nearly pure noise, alpha_bar_T = 4e-5.
     """
     return -(0.1 * u + 0.5 * 19.9 * u**2)
 
 
 def cosine(u: Tensor) -> Tensor:
-    """log alpha_bar at u = t/T of Nichol & Dhariwal 2021, eq. 17, s = 0.008."""
+    """Return log alpha_bar at u = t/T of Nichol & Dhariwal 2021, eq. 17, s = 0.008."""
     s = 0.008
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return torch.log(f / f[0])
 
 
 def sigmoid(u: Tensor) -> Tensor:
-    """log alpha_bar at u = t/T of Jabri et al. 2022, start = -3, end = 3, tau = 1."""
+    """Return log alpha_bar at u = t/T of Jabri et al. 2022, start = -3, end = 3, tau = 1."""
     gamma = torch.sigmoid(-3 + 6 * u)
     return torch.log((gamma[-1] - gamma) / (gamma[-1] - gamma[0]))
 
 
-LOG_ALPHA_BAR: dict[Name, Callable[[Tensor], Tensor]] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+LOG_ALPHA_BAR = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """A variance schedule over T steps.
 
-    log_snr: float64 (T + 1,), strictly decreasing; log_snr[0] = +inf, the clean image.  Make one by name with `Schedule.make`.
+    log_snr: float64 (T + 1,), strictly decreasing; log_snr[0] = +inf, the clean image.  See `Schedule.make`.
 
-    In the methods t (and s) is an int or int64 (B,); x's are (B, ...).  Coefficients are computed in float64 and applied in the
-    dtype and on the device of x.
+    In the methods t and s are int or int64 (B,); x's are (B, ...).  Coefficients are computed in float64 and
+    applied in the dtype and on the device of x.
     """
 
     log_snr: Tensor
     _log_snr_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        log_snr = self.log_snr
-        if log_snr.dtype != torch.float64 or log_snr.ndim != 1 or len(log_snr) < 2:
-            raise ValueError(f"log_snr must be float64 (T + 1,) with T at least 1, got {log_snr.dtype} {tuple(log_snr.shape)}")
-        if log_snr[0] != math.inf or not log_snr[1:].isfinite().all() or not (log_snr.diff() < 0).all():
-            raise ValueError("log_snr must start at +inf and decrease strictly and finitely")
-
     @classmethod
     def make(cls, name: Name, T: int) -> Schedule:
-        """The schedule of that name over T >= 1 steps; no single step has a beta above 0.999."""
+        """Make the schedule of this name over T >= 1 steps.  No step has a beta above 0.999."""
         if name not in LOG_ALPHA_BAR:
             raise ValueError(f"schedule must be one of {', '.join(LOG_ALPHA_BAR)}, got {name!r}")
         if T < 1:
             raise ValueError(f"T must be at least 1, got {T}")
         log_alpha_bar = LOG_ALPHA_BAR[name](torch.arange(T + 1, dtype=torch.float64) / T)
-        log_alpha = log_alpha_bar.diff().clamp(min=math.log(1 - MAX_BETA))  # of each step, alpha_t = 1 - beta_t
+        log_alpha = log_alpha_bar.diff().clamp(min=math.log(1 - MAX_BETA))  # alpha_t = 1 - beta_t
         log_alpha_bar = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)])
         return cls(log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
 
@@ -97,7 +88,7 @@ class Schedule:
 
     @cached_property
     def alpha_bar(self) -> Tensor:
-        """The variance left of the image, float64 (T + 1,); 1 at 0."""
+        """The variance of the image that is left, float64 (T + 1,); 1 at 0."""
         return torch.sigmoid(self.log_snr)
 
     @cached_property
@@ -107,19 +98,21 @@ class Schedule:
 
     @cached_property
     def beta(self) -> Tensor:
-        """The variance added by each step, 1 - alpha_bar_t / alpha_bar_{t-1}, float64 (T + 1,); 0 at 0, to which no step leads."""
+        """The variance added by each step, 1 - alpha_bar_t / alpha_bar_{t-1}, float64 (T + 1,); 0 at 0."""
         log_alpha_bar = logsigmoid(self.log_snr)
         return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar[:1]))
 
     def q_sample(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0) from eps ~ N(0, I) (DDPM, eq. 4)."""
+        """Return x_t ~ q(x_t | x_0) for eps ~ N(0, I) (DDPM, eq. 4)."""
         alpha, sigma = self._alpha_sigma(t, x_0)
         return alpha * x_0 + sigma * eps
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and variance of q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7 for s = t - 1, the default; VDM, app. A for any s).
+    def q_posterior(
+        self, x_0: Tensor, x_t: Tensor, t: int | Tensor, s: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7; VDM, app. A, for any s).
 
-        The mean is like x_t, the variance broadcasts against it.  At s = 0 they are x_0 and 0.
+        s: t - 1 by default.  The mean is like x_t, the variance broadcasts against it.  At s = 0: x_0 and 0.
         """
         l_t, l_s = self._log_snr_at(t, x_t), self._log_snr_at(t - 1 if s is None else s, x_t)
         ratio = -torch.expm1(l_t - l_s)  # 1 - SNR_t / SNR_s = beta_{t|s} / (1 - alpha_bar_t)
@@ -130,12 +123,12 @@ class Schedule:
         return of_x_0.to(x_t.dtype) * x_0 + of_x_t.to(x_t.dtype) * x_t, variance.to(x_t.dtype)
 
     def eps_from(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """The noise that makes x_t of x_0, t >= 1."""
+        """Return the eps that leads from x_0 to x_t, t >= 1."""
         alpha, sigma = self._alpha_sigma(t, x_t)
         return (x_t - alpha * x_0) / sigma
 
     def x_0_from(self, predict: Predict, output: Tensor, x_t: Tensor, t: int | Tensor) -> Tensor:
-        """x_0, in x_t's dtype, from the output (in whatever precision) of a network that predicts eps, x0 or v."""
+        """Return the x_0 that a network's output, in any precision, implies, in x_t's dtype."""
         alpha, sigma = self._alpha_sigma(t, x_t)
         output = output.to(x_t.dtype)
         match predict:
@@ -148,7 +141,7 @@ class Schedule:
         raise _unknown("predict", predict, Predict)
 
     def target(self, predict: Predict, x_0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
-        """What a network that predicts eps, x0 or v should put out; v = alpha eps - sigma x_0 (Salimans & Ho 2022, sec. 4)."""
+        """Return the target of a network; v = alpha eps - sigma x_0 (Salimans & Ho 2022, sec. 4)."""
         alpha, sigma = self._alpha_sigma(t, x_0)
         match predict:
             case "eps":
@@ -160,7 +153,7 @@ class Schedule:
         raise _unknown("predict", predict, Predict)
 
     def error_scale(self, predict: Predict, t: Tensor) -> Tensor:
-        """The squared error of the network's own output, in units of that of the x_0 it implies at given x_t.  float64 like t, t >= 1."""
+        """Return the squared error of the output over that of the x_0 it implies, float64 like t, t >= 1."""
         snr = self._log_snr_at(t, t).exp()
         match predict:
             case "eps":
@@ -172,9 +165,9 @@ class Schedule:
         raise _unknown("predict", predict, Predict)
 
     def loss_weight(self, predict: Predict, weighting: Weighting, gamma: float, t: Tensor) -> Tensor:
-        """The weight of the squared error of the network's output, float64 like t (B,), t >= 1.
+        """Return the weight of the squared error of the network's output, float64 like t (B,), t >= 1.
 
-        simple: 1, whatever is predicted (DDPM, eq. 14 where that is eps).  min-snr: min(SNR, gamma) on x_0, hence
+        simple: 1 for every prediction (for eps: DDPM, eq. 14).  min-snr: min(SNR, gamma) on x_0, hence
         min(SNR, gamma) / SNR on eps and / (SNR + 1) on v: one and the same loss (Hang et al. 2023, sec. 3).
         """
         snr = self._log_snr_at(t, t).exp()
@@ -186,12 +179,12 @@ class Schedule:
         raise _unknown("weighting", weighting, Weighting)
 
     def _alpha_sigma(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to multiply x with."""
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) as factors of x."""
         log_snr = self._log_snr_at(t, x)
         return torch.sigmoid(log_snr).sqrt().to(x.dtype), torch.sigmoid(-log_snr).sqrt().to(x.dtype)
 
     def _log_snr_at(self, t: int | Tensor, x: Tensor) -> Tensor:
-        """float64 on x's device, (B, 1, ..., 1) to broadcast against x, () for an int."""
+        """Return log SNR(t), float64 on x's device, (B, 1, ..., 1) to broadcast against x; () for an int."""
         if x.device not in self._log_snr_on:
             self._log_snr_on[x.device] = self.log_snr.to(x.device)
         log_snr = self._log_snr_on[x.device]

@@ -8,23 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rediffuse.diffusion import objective
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.objective import QUARTERS, by_quarter, draw_noise, noised_loss, validation_loss
+from rediffuse.diffusion.objective import QUARTERS, by_quarter, draw_noise, noised_loss
 from rediffuse.diffusion.schedule import Weighting
 from rediffuse.images.pixels import to_signed
 from rediffuse.runtime.processes import my_share, total
 
 
 def as_x_0(images: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) in [-1, 1]; latents, which are floating-point numbers, as they are."""
+    """Return uint8 images (N, C, H, W) in [-1, 1], and latents (floating-point numbers) unchanged."""
     return to_signed(images) if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """The weighted denoising loss of one batch; logs it as a whole and by quarter of t.
+    """The weighted denoising loss of one batch.  Logs it, also by quarter of t.
 
-    loss_weight, min_snr_gamma: see `Schedule.loss_weight`.  stratified, label_drop: see `draw_noise`.  flip: mirror half of the images.
+    flip: mirror half of the images.  For the other settings see `Schedule.loss_weight` and `draw_noise`.
     """
 
     loss_weight: Weighting
@@ -34,27 +35,51 @@ class DenoisingStep:
     flip: bool
 
     def draw(self, model: Denoiser, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
-        noise = draw_noise(shape, model.schedule.T, generator, stratified=self.stratified, label_drop=self.label_drop)
+        noise = draw_noise(
+            shape, model.schedule.T, generator, stratified=self.stratified, label_drop=self.label_drop
+        )
         return noise | {"mirrored": torch.rand(shape[0], generator=generator) < 0.5} if self.flip else noise
 
     def __call__(
         self, model: Denoiser, images: Tensor, labels: Tensor | None, noise: Mapping[str, Tensor], seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if "mirrored" in noise:
-            images = torch.where(noise["mirrored"].to(images.device)[:, None, None, None], images.flip(3), images)
-        losses, t = noised_loss(
-            model,
-            as_x_0(images),
-            labels if model.classes else None,
-            noise,
-            weighting=self.loss_weight,
-            gamma=self.min_snr_gamma,
-        )
+            mirrored = noise["mirrored"].to(images.device)[:, None, None, None]
+            images = torch.where(mirrored, images.flip(3), images)
+        labels = labels if model.classes else None
+        x_0, weighting, gamma = as_x_0(images), self.loss_weight, self.min_snr_gamma
+        losses, t = noised_loss(model, x_0, labels, noise, weighting=weighting, gamma=gamma)
         quarters = by_quarter(losses, t, model.schedule.T)  # (2, QUARTERS): sums and counts
         measures = {"loss": quarters.sum(1)} | {f"loss_q{i + 1}": quarters[:, i] for i in range(QUARTERS)}
         return losses.mean(), measures
 
 
-def validate(model: Denoiser, images: Tensor, labels: Tensor | None, *, seed: int) -> dict[str, float]:
-    """The error of eps on held-out images, on a fixed grid of t and noise.  images: as `as_x_0` takes them."""
-    return validation_loss(model, as_x_0(images), labels if model.classes else None, seed=seed, my_share=my_share, total=total)
+@torch.no_grad()
+def validate(
+    model: Denoiser, images: Tensor, labels: Tensor | None, *, seed: int, chunk: int = 256
+) -> dict[str, float]:
+    """Return the mean squared error of eps (DDPM's L_simple): "eps_mse", and by quarter of t "eps_mse_q1"...
+
+    Image i always gets the same noise at the same t/T, with t stratified over the images, and every output is
+    rated as the eps it implies.  So losses compare between epochs, runs, weightings and predictions; not
+    between schedules, where the same t/T is another SNR.  Quarters without any t are left out.
+
+    images: as `as_x_0` takes them.  chunk: images evaluated at once; changes only memory and rounding.  The
+    caller puts the network into eval mode.  The processes share the work, and all get the same result.
+    """
+    x_0, labels, schedule = as_x_0(images), labels if model.classes else None, model.schedule
+    generator = torch.Generator().manual_seed(seed)
+    t = objective.stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
+    losses = x_0.new_zeros(len(x_0))
+    starts = range(0, len(x_0), chunk)
+    for i, start in enumerate(starts):
+        rows = slice(start, start + chunk)
+        x, y = x_0[rows], None if labels is None else labels[rows]
+        # One image at a time: what torch.randn draws for an image would otherwise depend on the chunk.
+        eps = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in x]).to(x)
+        if i in my_share(len(starts)):
+            losses[rows] = objective.squared_error(model, x, y, t[rows], eps)
+    in_eps = schedule.error_scale("eps", t) / schedule.error_scale(model.predict, t)
+    all_losses = total(losses) * in_eps
+    quarters = objective.quarter_means(by_quarter(all_losses, t, schedule.T))
+    return {"eps_mse": all_losses.mean().item()} | {f"eps_mse_{name}": mse for name, mse in quarters.items()}

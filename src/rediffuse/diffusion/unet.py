@@ -1,8 +1,8 @@
-"""The U-Net (Ronneberger et al. 2015) that sees x_t, the time t and, where there are labels, what the image shows.
+"""The U-Net (Ronneberger et al. 2015) that sees x_t, the time t and, if there are labels, the label.
 
-Residual blocks with GroupNorm whose scale and shift come from t and label (Dhariwal & Nichol 2021), self-attention at the small
-resolutions, last layers that start at zero.  The image is first folded: fold x fold pixels become channels, so that the
-convolutions run at a resolution where a CPU and a GPU are fast.
+Residual blocks with GroupNorm whose scale and shift come from t and label (Dhariwal & Nichol 2021),
+self-attention at the small resolutions, last layers that start at zero.  The image is first folded: fold x
+fold pixels become channels, so that the convolutions run at a resolution where a CPU and a GPU are fast.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
-GROUP = 16  # features of a group of GroupNorm, the least: with fewer PyTorch's kernel for channels_last takes 10 times as long on a CPU
-HEAD_DIM = 64  # the least
+# The fewest features in a group of GroupNorm, and in a head.  With smaller groups PyTorch's kernel for
+# channels_last takes 10 times as long on a CPU.
+GROUP, HEAD_DIM = 16, 64
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Architecture(TypedDict):
-    """The arguments of a UNet beside the images' shape and the number of classes."""
+    """The arguments of a UNet except the images' shape and the number of classes."""
 
     fold: int
     width: int
@@ -33,23 +34,24 @@ class Architecture(TypedDict):
 
 
 def unet_arguments(config: Mapping[str, Any]) -> Architecture:
-    """Those of a model's arguments that are the network's."""
+    """Select the arguments of the network from those of a model."""
     return cast(Architecture, {name: config[name] for name in Architecture.__annotations__})
 
 
 class UNet(nn.Module):
-    """(B, C, H, W), t in [0, 1] (B,), labels int64 (B,) or None -> (B, C, H, W).
+    """Map x (B, C, H, W), t in [0, 1] (B,) and labels int64 (B,) or None to (B, C, H, W).
 
-    channels: C of the images.  classes: number of labels, of which index `classes` means "no label"; 0: unconditional.
-    width: features at the first resolution; multipliers: features of each resolution, in widths, each half the size of the one
-    before; blocks: residual blocks per resolution, on the way down and on the way up.  attention: the largest height at which
-    there is self-attention, 0 for none.  Any H and W: the image is padded inside, and the padding cropped again.
+    shape: (C, H, W), with any H and W: the image is padded inside, and cropped again.
+    classes: number of labels; the index `classes` means "no label"; 0: unconditional.
+    width: features at the first resolution.  multipliers: features of each resolution, in widths; each is
+    half the one before.  blocks: residual blocks per resolution, on the way down and on the way up.
+    attention: the largest height with self-attention, 0 for none.
     """
 
     def __init__(self, shape: Sequence[int], *, classes: int, **architecture: Unpack[Architecture]) -> None:
         super().__init__()
         fold, width, multipliers = architecture["fold"], architecture["width"], architecture["multipliers"]
-        blocks, attention, dropout = architecture["blocks"], architecture["attention"], architecture["dropout"]
+        blocks, dropout = architecture["blocks"], architecture["dropout"]
         channels, height, _ = shape
         self.multiple = fold * 2 ** (len(multipliers) - 1)
         self.width, self.classes = width, classes
@@ -59,10 +61,12 @@ class UNet(nn.Module):
         self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
 
         def block(inputs: int, outputs: int, size: int) -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, embedding, attention=size <= attention, dropout=dropout)
+            attention = size <= architecture["attention"]
+            return ResidualBlock(inputs, outputs, embedding, attention=attention, dropout=dropout)
 
         features = [width * multiplier for multiplier in multipliers]
-        sizes = [math.ceil(height / self.multiple) * self.multiple // fold // 2**level for level in range(len(features))]
+        folded = math.ceil(height / self.multiple) * self.multiple // fold
+        sizes = [folded // 2**level for level in range(len(features))]
         self.first = nn.Conv2d(channels * fold**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         before = width
@@ -72,14 +76,15 @@ class UNet(nn.Module):
                 before = outputs
             if level + 1 < len(features):
                 self.down.append(nn.Conv2d(outputs, outputs, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([block(before, before, sizes[-1]), block(before, before, sizes[-1])])
+        self.middle = nn.ModuleList(block(before, before, sizes[-1]) for _ in range(2))
         for level in reversed(range(len(features))):
             outputs, size = features[level], sizes[level]
             if level + 1 < len(features):
                 self.up.append(Upsample(before, outputs))
             self.up.extend(block(2 * outputs, outputs, size) for _ in range(blocks))
             before = outputs
-        self.last = nn.Sequential(group_norm(before), nn.SiLU(), zero(nn.Conv2d(before, channels * fold**2, 3, padding=1)))
+        to_pixels = nn.Conv2d(before, channels * fold**2, 3, padding=1)
+        self.last = nn.Sequential(group_norm(before), nn.SiLU(), zero(to_pixels))
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         height, width = x.shape[2:]
@@ -101,13 +106,16 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, embedding)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), embedding) if isinstance(layer, ResidualBlock) else layer(h)
+            if isinstance(layer, ResidualBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), embedding)
+            else:
+                h = layer(h)
         output: Tensor = self.unfold(self.last(h))
         return output[:, :, :height, :width]
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(norm(x)) twice, modulated by the embedding, then self-attention where asked for."""
+    """Add two convolutions, modulated by the embedding, to x; then apply self-attention if asked to."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, *, attention: bool, dropout: float) -> None:
         super().__init__()
@@ -128,7 +136,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + attention among all positions (Vaswani et al. 2017)."""
+    """Add attention among all positions to x (Vaswani et al. 2017)."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -138,17 +146,18 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, features)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, HW, dim)
+        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, HW, dim)
         mixed = scaled_dot_product_attention(q, k, v) if x.is_cuda else written_out_attention(q, k, v)
         attended: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return x + attended.transpose(1, 2).reshape(x.shape)
 
 
 def written_out_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(dim)) v, all (B, heads, N, dim).
+    """Return softmax(q k^T / sqrt(dim)) v, all (B, heads, N, dim).
 
-    On a CPU, at 7x7 positions, scaled_dot_product_attention takes 2.8 to 4.5 times as long, forward and backward
-    (benchmarks/attention.py); on CUDA it is the fast way.
+    On a CPU, at 7x7 positions, scaled_dot_product_attention takes 2.8 to 4.5 times as long, forward and
+    backward (docs/performance.md); on CUDA it is faster.
     """
     weights: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (B, heads, N, N)
     return weights @ v
@@ -167,24 +176,24 @@ class Upsample(nn.Module):
 
 
 def group_norm(features: int) -> nn.GroupNorm:
-    """GroupNorm (Wu & He 2018) over groups of GROUP features, or somewhat more where that does not divide."""
+    """Make a GroupNorm (Wu & He 2018) with groups of GROUP features, or more where GROUP does not divide."""
     return nn.GroupNorm(parts(features, GROUP), features)
 
 
 def parts(features: int, size: int) -> int:
-    """Into how many equal parts of at least `size` features they can be divided; 1 if into none."""
+    """Return the largest number of equal parts with at least `size` features each, 1 if there is none."""
     return next(n for n in range(max(1, features // size), 0, -1) if features % n == 0)
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """(B, width): sines and cosines of t in [0, 1], at frequencies from 1 to 1000 (Vaswani et al. 2017; DDPM, appendix B)."""
+    """Return sines and cosines of t in [0, 1], (B, width), at frequencies 1 to 1000 (DDPM, appendix B)."""
     frequencies = torch.logspace(0, 3, width // 2, device=t.device)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def zero(module: M) -> M:
-    """Start a layer at zero, so that a residual block begins as the identity and the network's output as 0."""
+    """Set a layer to zero, so that a residual block starts as the identity and the network's output as 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from tqdm import tqdm
 
-from rediffuse.evaluation.instrument_record import BuildContext, Record, new_record
-from rediffuse.evaluation.pretrained import BATCH, OTHERS, check_channels, check_pinned, to_rgb, verify
+from rediffuse.evaluation import shared
+from rediffuse.evaluation.shared import BuildContext, Record
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.errors import UserError
-from rediffuse.runtime.files import replace_file
+from rediffuse.runtime.files import dvc_root, replace_file
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -25,87 +24,73 @@ CONNECT_SECONDS = 10
 
 
 class Inception(nn.Module):
-    """Inception-v3 as the FID knows it (Heusel et al. 2017): the weights of 2015-12-05, features of the last pooling, 2048.
+    """Inception-v3 as the FID uses it (Heusel et al. 2017): weights of 2015-12-05, the last pooling, 2048.
 
-    The logits, of 1008 ImageNet classes, are those of the inception score (Salimans et al. 2016): without bias.  Grey images are
-    repeated to three channels.  Network, resizing (TensorFlow 1's bilinear) and pixel range are torch-fidelity's.
+    The 1008 logits are without bias, as in the inception score. Resizing and pixel range are
+    torch-fidelity's.
     """
 
     def __init__(self, weights: bytes) -> None:
         super().__init__()
+        layers, file = ["2048", "logits_unbiased"], io.BytesIO(weights)
         with torch.random.fork_rng(devices=[]):  # the layers draw weights, which are replaced
-            self.extractor = FeatureExtractorInceptionV3(
-                "inception-v3", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(weights)
-            )
+            network = FeatureExtractorInceptionV3("inception-v3", layers, feature_extractor_weights_path=file)
+        self.extractor = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The features (B, 2048) and logits (B, 1008) of uint8 images (B, C, H, W), C 1 or 3."""
-        features, logits = self.extractor(to_rgb(images))
+        """Return the features (B, 2048) and logits (B, 1008) of uint8 images (B, C, H, W), C 1 or 3."""
+        features, logits = self.extractor(images.expand(-1, 3, -1, -1))
         return features, logits
 
 
-def load_network() -> Inception:
-    """Return Inception-v3 with the original weights.  Raises UserError as `fetch_weights` does."""
-    return Inception(fetch_weights()).eval()
-
-
 def fetch_weights() -> bytes:
-    """Return the weights' file, verified: from data/raw of the checkout, torch hub's checkpoints, or downloaded into the latter.
+    """Return the verified weights' file, from data/raw of the checkout or torch hub's checkpoints.
 
+    It is downloaded into the latter if it is in neither.
     Raises UserError, with what to do, for a file that is not the original one, or if it cannot be downloaded.
     """
-    placed = Path(os.environ.get("DVC_ROOT", "."), "data/raw", FILE).resolve()
+    placed = dvc_root() / "data/raw" / FILE
     cached = Path(torch.hub.get_dir(), "checkpoints", FILE)
+    remedy = "delete the file, or replace it by the original one"
     for path in (placed, cached):
         if path.is_file():
-            return verify(path.read_bytes(), SHA256, str(path), "delete the file, or replace it by the original one")
+            return shared.verify(path.read_bytes(), SHA256, str(path), remedy)
     try:
         data = _download(URL_INCEPTION_V3)
     except (OSError, HTTPException, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the weights of inception-v3 are not here and could not be downloaded from {URL_INCEPTION_V3} ({reason}).\n"
-            f"Place the file {FILE}, SHA-256 {SHA256}, at\n  {placed}\nor {OTHERS}"
+            f"the weights of inception-v3 are not here and could not be downloaded from {URL_INCEPTION_V3}"
+            f" ({reason}).\nPlace the file {FILE}, SHA-256 {SHA256}, at\n  {placed}\nor {shared.OTHERS}"
         ) from None
-    verify(data, SHA256, f"what {URL_INCEPTION_V3} gave", f"place {FILE} at {placed} by hand, or {OTHERS}")
+    remedy = f"place {FILE} at {placed} by hand, or {shared.OTHERS}"
+    shared.verify(data, SHA256, f"the download from {URL_INCEPTION_V3}", remedy)
     replace_file(cached, data)
     return data
 
 
 def _download(url: str) -> bytes:
     """Return the content at this address, with progress on stderr."""
-    parts = []
     with urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response:
-        size = response.headers.get("Content-Length")
-        with tqdm(total=int(size) if size else None, desc=FILE, unit="B", unit_scale=True) as bar:
-            while part := response.read(1 << 20):
-                parts.append(part)
-                bar.update(len(part))
-    return b"".join(parts)
+        size = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm.wrapattr(response, "read", total=size, desc=FILE) as body:
+            return b"".join(iter(lambda: body.read(1 << 20), b""))
 
 
 def check(name: str, images: ImageSet) -> None:
-    """Raise UserError unless the images can be measured and the weights can be had, which are downloaded if need be."""
-    check_channels(name, images)
+    """Raise UserError unless the images can be measured and the weights are here or can be downloaded."""
+    shared.check_channels(name, images)
     fetch_weights()
 
 
 def make(context: BuildContext) -> tuple[Record, None]:
     """Return the record; the weights are kept elsewhere."""
-    return new_record(
-        context,
-        layer="2048",
-        dimension=2048,
-        sha256=SHA256,
-        resize="bilinear as in TensorFlow 1, without antialiasing, to 299 x 299",
-        logits=1008,
-        trained_on={"set": "ImageNet", "weights": FILE},
-        batch=BATCH,
-        device=context.device.type,
-    ), None
+    resize = "bilinear as in TensorFlow 1, without antialiasing, to 299 x 299"
+    own = {"layer": "2048", "dimension": 2048, "sha256": SHA256, "resize": resize, "logits": 1008}
+    return shared.imagenet_record(context, FILE, **own), None
 
 
 def load(record: Record, folder: Path) -> nn.Module:
-    """Load the network.  Raises UserError unless its weights are those of the record in the folder."""
-    check_pinned(record, SHA256, folder)
-    return load_network()
+    """Load the network. Raises UserError unless its weights are those of the record in the folder."""
+    shared.check_pinned(record, SHA256, folder)
+    return Inception(fetch_weights()).eval()

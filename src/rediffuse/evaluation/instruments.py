@@ -1,14 +1,14 @@
-"""The instruments by name: what turns images into features, and belongs to every number that is measured with it.
+"""The instruments by name: each turns images into features, and belongs to every number measured with it.
 
-A shipped or pretrained instrument is the same everywhere; the others are made from the training images by `make_instrument`, once, and
-carry a hash of their content and recipe in the id.  The order of the images, and how they were split, makes no difference.
+Each kind is a module with three functions. check(name, images): raise UserError where it cannot be used.
+make(context): return the record, and the network whose weights belong beside it, or None where they are kept
+elsewhere. load(record, folder): return the frozen network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +17,36 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
+from torch.backends import cudnn
 from tqdm import tqdm
 
-from rediffuse.evaluation import efficientnet, fitted, inception, pixel_pca, random_conv, shipped, trained_classifier
-from rediffuse.evaluation.features import Features, check_features
-from rediffuse.evaluation.instrument_record import RECORD_FILE, REMEDY, WEIGHTS_FILE, BuildContext, Record
+from rediffuse.evaluation import efficientnet, inception, random_conv, shared, shipped, trained_classifier
+from rediffuse.evaluation.features import Features, check_features, concatenate
+from rediffuse.evaluation.shared import BuildContext, Record
 from rediffuse.images.image_set import ImageSet, check_images
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import replace_file, write_json
 from rediffuse.runtime.processes import barrier, gather, is_main, my_share
 
 BATCH = 250  # images in one pass: a fixed number, so that the sums are added in the same order every time
-
-
-@dataclass(frozen=True)
-class InstrumentKind:
-    """The functions that check, make and load one kind of instrument.
-
-    check: raises UserError where it cannot be used.  make: returns the record, and the network whose weights are to be kept with it, or
-    None where they are kept elsewhere.  load: returns the frozen network of a record.  large: whether it is worth a GPU.
-    """
-
-    check: Callable[[str, ImageSet], None]
-    make: Callable[[BuildContext], tuple[Record, nn.Module | None]]
-    load: Callable[[Record, Path], nn.Module]
-    large: bool = False
-
-
 _KINDS = {
-    **dict.fromkeys(shipped.SHIPPED, InstrumentKind(shipped.check, shipped.make, shipped.load)),
-    "classifier": InstrumentKind(trained_classifier.check, trained_classifier.make, trained_classifier.load),
-    "random-conv-v1": InstrumentKind(fitted.check_training_images, random_conv.make, random_conv.load),
-    "pixel-pca-v1": InstrumentKind(fitted.check_training_images, pixel_pca.make, pixel_pca.load),
-    "inception-v3": InstrumentKind(inception.check, inception.make, inception.load, large=True),
-    "efficientnet-lite0": InstrumentKind(efficientnet.check, efficientnet.make, efficientnet.load, large=True),
+    **dict.fromkeys(shipped.SHIPPED, shipped),
+    "classifier": trained_classifier,
+    "random-conv-v1": random_conv,
+    "inception-v3": inception,
+    "efficientnet-lite0": efficientnet,
 }
 NAMES = tuple(_KINDS)  # what reference.instruments may list
 
 
 @dataclass(frozen=True, eq=False)
 class Instrument:
-    """A frozen network that takes a batch of uint8 images and gives (features, logits or None), with its record.
+    """A frozen network that maps a batch of uint8 images to (features, logits or None), and its record.
 
-    record (JSON): name, id, layer, dimension, sha256 (of the weights), shape (C, H, W), resize, classes (of the data; empty if it does not
-    know them), logits (how many, or None), accuracy (or None), trained_on, and more that belongs to its kind.
+    record (JSON): name, id, layer, dimension, sha256 (of the weights), shape (C, H, W), resize, classes (of
+    the data; empty if it does not know them), logits (how many, or None), accuracy (or None), trained_on, and
+    more that belongs to its kind.
     """
 
     record: Record
@@ -70,7 +55,7 @@ class Instrument:
 
     @property
     def name(self) -> str:
-        """As reference.instruments calls it."""
+        """The name in reference.instruments."""
         return str(self.record["name"])
 
     @property
@@ -79,7 +64,7 @@ class Instrument:
 
     @property
     def sha256(self) -> str:
-        """Of the weights."""
+        """SHA-256 of the weights."""
         return str(self.record["sha256"])
 
     @property
@@ -94,40 +79,38 @@ class Instrument:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of the image set that its logits stand for; () if there are none, also where there are logits of other classes."""
+        """The classes of the image set, if its logits stand for them; otherwise ()."""
         return tuple(self.record["classes"])
 
     @property
     def distance(self) -> str:
-        """What a Fréchet distance between its features is called: `fid` belongs to Inception-v3 alone."""
+        """The name of a Fréchet distance between its features: `fid` for Inception-v3 alone."""
         return "fid" if self.name == "inception-v3" else "fd"
 
     def measure(self, images: NDArray[np.uint8], *, batch: int = BATCH, title: str = "features") -> Features:
-        """The features of uint8 images (N, C, H, W), without autocast and in full float32 (float64 in the label-free ones).
+        """Return the features of uint8 images (N, C, H, W), without autocast or TF32.
 
-        One ruler, one arithmetic: all but the pretrained networks are so small that they run on the CPU also where there is a GPU.
-        The batches are dealt to the processes, all of which must call this; the first gets the features, the others none.
-        Raises UserError for another dtype or shape than the instrument's, and for features that are not finite.
+        All but the pretrained networks are so small that they run on the CPU also where there is a GPU. The
+        processes share the batches and must all call this; the first gets the features, the others none.
+        Raises UserError for another dtype or shape than the instrument's, and for features that are not
+        finite.
         """
         check_images(images, self.shape, title)
         batch = min(batch, self.record.get("batch", BATCH))
-        starts, mine = range(0, len(images), batch), list[tuple[Tensor, Tensor | None]]()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), _full_precision():
-            for i in tqdm(my_share(len(starts)), desc=title, unit="batch", leave=False, disable=not is_main()):
-                found, scores = self.network(torch.from_numpy(np.array(images[starts[i] : starts[i] + batch])).to(self.device))
-                mine.append((found.double().cpu(), None if scores is None else scores.double().cpu()))
+        starts, mine = range(0, len(images), batch), []
+        exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+        bar = tqdm(my_share(len(starts)), desc=title, unit="batch", leave=False, disable=not is_main())
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), cudnn.flags(**exact):
+            for i in bar:
+                block = torch.from_numpy(np.array(images[starts[i] : starts[i] + batch])).to(self.device)
+                values, logits = self.network(block)
+                logits = None if logits is None else logits.double().cpu()
+                mine.append(Features(values.double().cpu(), logits))
         if not (parts := gather(mine)):
             return Features(torch.empty(0, self.dimension, dtype=torch.float64))
-        logits = [scores for _, scores in parts if scores is not None]
-        features = Features(torch.cat([found for found, _ in parts]), torch.cat(logits) if logits else None)
+        features = concatenate(parts)
         check_features(features, title)
         return features
-
-
-def _full_precision() -> AbstractContextManager[None]:
-    """No TF32, no algorithm chosen by a race."""
-    context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    return context
 
 
 def make_instrument(
@@ -138,52 +121,53 @@ def make_instrument(
     device: torch.device | None = None,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Instrument:
-    """The instrument of this name for the images of a set; written to `folder`, where `open_instrument` finds it again.
+    """Make the instrument of this name for the images of a set, and write it to `folder`.
 
-    train: all training images.  A classifier is trained on them on `device`, in the context `autocast`, which must be one that can be
-    entered again and again; a pretrained network measures on `device` (CPU and float32 if None).  Raises UserError as `check_available`.
-    Of several processes the first makes it, and the others, which must call this too, open it.
+    train: all training images. A classifier is trained on them on `device` within `autocast`, which must be
+    reusable; a pretrained network measures on `device` (CPU and float32 if None). Raises UserError as
+    `check_available`. The first of several processes makes it; the others, which must call this too, open it.
     """
     check_available(name, train)
     if is_main():
-        _write_instrument(BuildContext(name, train, device or torch.device("cpu"), autocast or nullcontext()), folder)
+        context = BuildContext(name, train, device or torch.device("cpu"), autocast or nullcontext())
+        record, network = _KINDS[name].make(context)
+        weights = folder / shared.WEIGHTS_FILE
+        weights.unlink(missing_ok=True)
+        if network is not None:
+            tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+            data = safetensors.torch.save(tensors)
+            record["sha256"] = hashlib.sha256(data).hexdigest()
+            replace_file(weights, data)
+        write_json(folder / shared.RECORD_FILE, record)
     barrier()
     return open_instrument(folder, device=device)
 
 
-def _write_instrument(context: BuildContext, folder: Path) -> None:
-    record, network = _KINDS[context.name].make(context)
-    weights = folder / WEIGHTS_FILE
-    weights.unlink(missing_ok=True)
-    if network is not None:
-        data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in network.state_dict().items()})
-        record["sha256"] = hashlib.sha256(data).hexdigest()
-        replace_file(weights, data)
-    write_json(folder / RECORD_FILE, record)
-
-
 def open_instrument(folder: Path, *, device: torch.device | None = None) -> Instrument:
-    """The instrument that `make_instrument` left in the folder; a pretrained one measures on `device` (CPU if None).
+    """Return the instrument that `make_instrument` wrote to the folder.
 
-    Raises UserError, with the remedy, for files that are missing or damaged, and for weights that are not those of the record.
+    A pretrained one measures on `device` (CPU if None).
+    Raises UserError, with the remedy, for files that are missing or damaged, and for weights that are not
+    those of the record.
     """
-    path = folder / RECORD_FILE
+    path = folder / shared.RECORD_FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing: {REMEDY}")
+        raise UserError(f"{path} is missing: {shared.REMEDY}")
     try:
         record: Record = json.loads(path.read_text())
         kind = _KINDS[record["name"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): {REMEDY}") from None
-    on = device if device and kind.large else torch.device("cpu")
+        raise UserError(f"{path} is damaged ({error!r}): {shared.REMEDY}") from None
+    on = device if device and kind in (inception, efficientnet) else torch.device("cpu")
     return Instrument(record, kind.load(record, folder).to(on), on)
 
 
 def check_available(name: str, images: ImageSet) -> None:
-    """Raise UserError, before minutes of work, unless the instrument of this name can be had, and be used for this image set.
+    """Raise UserError unless the instrument of this name is available and fits this image set.
 
-    Takes seconds; but the weights of inception-v3 are downloaded here, where they are not on the disk.
+    Takes seconds, unless the weights of inception-v3 must be downloaded.
     """
     if name not in _KINDS:
-        raise UserError(f"reference.instruments must each be one of {', '.join(NAMES)}, got {name!r} (params.yaml)")
+        known = ", ".join(NAMES)
+        raise UserError(f"reference.instruments must each be one of {known}, got {name!r} (params.yaml)")
     _KINDS[name].check(name, images)

@@ -1,4 +1,4 @@
-"""Every picture: arrays, records and models in, PNG out, the same bytes each time.  Only the stage `report` depends on it.
+"""Every picture: arrays, records and models in, PNG out.  The bytes are the same each time.
 
-Must not know DVC or MLflow.
+Only the stage `report` depends on this package.  It must not know DVC or MLflow.
 """

@@ -21,28 +21,39 @@ from rediffuse.sampling.ddpm import ddpm_shards
 from rediffuse.sampling.samplers import even_times
 from rediffuse.sampling.space import Space
 
-ROWS, TIMES = 3, 11  # of the noising strip
-IMAGES, MOMENTS = 10, 10  # of the denoising strip
+NOISING_ROWS, NOISING_COLUMNS = 3, 11
+DENOISING_ROWS, DENOISING_STEPS = 10, 10
 
 
 def draw_noising(schedule: Schedule, space: Space, images: Tensor, *, seed: int, folder: Path) -> None:
-    """Write noising.png: the first images at evenly spaced t from 0 to T, the same noise in each column; latents are shown decoded."""
-    x_0 = space.encode(images[:ROWS])
+    """Write noising.png: the first images at evenly spaced t from 0 to T, with the same noise at each t.
+
+    Latents are shown decoded.
+    """
+    x_0 = space.encode(images[:NOISING_ROWS])
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed_for(seed))).to(x_0.device)
-    times = even_times(schedule, min(TIMES - 1, schedule.T))[::-1]
+    times = even_times(schedule, min(NOISING_COLUMNS - 1, schedule.T))[::-1]
     columns = [space.decode(schedule.q_sample(x_0, t, eps)).cpu() for t in times]
-    save_png(annotate(strip(torch.stack(columns, 1).numpy()), columns=[f"t={t}" for t in times]), folder / "noising.png")
+    picture = annotate(strip(torch.stack(columns, 1).numpy()), columns=[f"t={t}" for t in times])
+    save_png(picture, folder / "noising.png")
 
 
-def draw_denoising(denoiser: Denoiser, space: Space, sampling: Mapping[str, Any], precision: Precision, folder: Path) -> None:
-    """Write denoising.png: the first images of the first seed at moments of their drawing.  sampling: as in sampling.json."""
+def draw_denoising(
+    denoiser: Denoiser, space: Space, sampling: Mapping[str, Any], precision: Precision, folder: Path
+) -> None:
+    """Write denoising.png: the first images of the first seed while they are drawn.
+
+    sampling: the record of the evaluation, with the settings and the seeds.
+    """
     settings = SampleDDPM(**{name: sampling[name] for name in SampleDDPM.model_fields})
-    seen: list[tuple[int, Tensor]] = []
-    observed = ddpm_shards(denoiser, settings, precision, space=space, observe=lambda t, x_t, _: seen.append((t, x_t)))
-    last = observed(torch.arange(SHARD), shard_generator(sampling["seeds"][0], 0))
-    moments = [seen[i] for i in np.unique(np.linspace(0, len(seen) - 1, MOMENTS).astype(int))]
-    columns = [*(space.decode(x_t)[:IMAGES].cpu() for _, x_t in moments), last[:IMAGES].cpu()]
+    steps: list[tuple[int, Tensor]] = []
+    draw_shard = ddpm_shards(
+        denoiser, settings, precision, space=space, observe=lambda t, x_t, _: steps.append((t, x_t))
+    )
+    last = draw_shard(torch.arange(SHARD), shard_generator(sampling["seeds"][0], 0))
+    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, DENOISING_STEPS).astype(int))]
+    columns = [images[:DENOISING_ROWS].cpu() for images in (*(space.decode(x_t) for _, x_t in shown), last)]
     names = [name.strip() for name in denoiser.class_names]
-    rows = [names[i % len(names)] for i in range(IMAGES)] if names else []
-    picture = annotate(strip(torch.stack(columns, 1).numpy()), rows, [*(f"t={t}" for t, _ in moments), "t=0"])
+    rows = [names[i % len(names)] for i in range(DENOISING_ROWS)] if names else []
+    picture = annotate(strip(torch.stack(columns, 1).numpy()), rows, [*(f"t={t}" for t, _ in shown), "t=0"])
     save_png(picture, folder / "denoising.png")

@@ -1,6 +1,7 @@
-"""Images side by side: uint8 (N, C, H, W) in, one uint8 picture (height, width, C) out, C = 1 (grey) or 3 (RGB).
+"""Images side by side: uint8 (N, C, H, W) in, one uint8 picture (height, width, C) out.
 
-Small images are enlarged by repeating pixels (`scale`), so that each pixel of the model stays one square.
+C = 1 is grey, C = 3 is RGB.  Images are enlarged by repeating pixels (`scale`), so that each pixel of the
+model stays one square.
 """
 
 from __future__ import annotations
@@ -11,82 +12,61 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from rediffuse.images.files import to_pil
+
 Picture = NDArray[np.uint8]
 
 WHITE = 255  # gaps, margins and cells without an image
+GAP = 2  # pixels around each image
+FONT_SIZE = 12
 LONGEST = 40  # characters of a name
 
 
-def grid(images: Picture, columns: int, pad: int = 2, scale: int = 1) -> Picture:
-    """The images row by row, `columns` to a row, with `pad` white pixels around each.
+def grid(images: Picture, columns: int, scale: int = 2) -> Picture:
+    """Return the images row by row, `columns` to a row, with white gaps between them.
 
-    images: uint8 (N, C, H, W).  Returns (rows (scale H + pad) + pad, columns (scale W + pad) + pad, C).
+    images: uint8 (N, C, H, W).  Returns (rows (scale H + 2) + 2, columns (scale W + 2) + 2, C).
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), got {images.dtype} {images.shape}")
-    if columns < 1 or pad < 0 or scale < 1:
-        raise ValueError(f"columns and scale must be at least 1 and pad at least 0, got {columns}, {scale}, {pad}")
     n, c, h, w = images.shape
-    rows = -(-n // columns)
-    cells = np.full((rows * columns, c, scale * h + pad, scale * w + pad), WHITE, np.uint8)
-    cells[:n, :, pad:, pad:] = images.repeat(scale, axis=2).repeat(scale, axis=3)
-    _, _, high, wide = cells.shape
-    picture = cells.reshape(rows, columns, c, high, wide).transpose(0, 3, 1, 4, 2).reshape(rows * high, columns * wide, c)
-    return np.pad(picture, ((0, pad), (0, pad), (0, 0)), constant_values=WHITE)
+    rows, high, wide = -(-n // columns), scale * h + GAP, scale * w + GAP
+    cells = np.full((rows * columns, c, high, wide), WHITE, np.uint8)
+    cells[:n, :, GAP:, GAP:] = images.repeat(scale, axis=2).repeat(scale, axis=3)
+    by_position = cells.reshape(rows, columns, c, high, wide).transpose(0, 3, 1, 4, 2)
+    picture = by_position.reshape(rows * high, columns * wide, c)
+    return np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=WHITE)
 
 
-def strip(images: Picture, pad: int = 2, scale: int = 2) -> Picture:
-    """Rows of images that change from left to right: noising (t = 0 to T), denoising (T to 0), interpolation (a to b).
-
-    images: uint8 (rows, columns, C, H, W).
-    """
-    if images.ndim != 5:
-        raise ValueError(f"images must be (rows, columns, C, H, W), got {images.shape}")
-    return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], pad, scale)
+def strip(images: Picture, scale: int = 2) -> Picture:
+    """Return rows of images as a grid.  images: uint8 (rows, columns, C, H, W)."""
+    return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], scale)
 
 
-def class_rows(images: Picture, labels: NDArray[np.int64], classes: int, columns: int, pad: int = 2, scale: int = 2) -> Picture:
-    """One row per class 0, 1, ..., classes - 1, with the first `columns` images of each; cells that a class lacks are white.
-
-    images: uint8 (N, C, H, W).  labels: (N,).
-    """
-    table = np.full((classes, columns, *images.shape[1:]), WHITE, np.uint8)
-    for label in range(classes):
-        found = images[np.flatnonzero(labels == label)[:columns]]
-        table[label, : len(found)] = found
-    return strip(table, pad, scale)
+def reconstructions(originals: Picture, decoded: Picture, columns: int) -> Picture:
+    """Return rows of originals, each above the row of their reconstructions.  Both are uint8 (N, C, H, W)."""
+    shape = originals.shape[1:]
+    blank = np.full((-len(originals) % columns, *shape), WHITE, np.uint8)  # fills the last rows
+    parts = [np.concatenate([part, blank]).reshape(-1, columns, *shape) for part in (originals, decoded)]
+    return strip(np.stack(parts, axis=1).reshape(-1, columns, *shape))
 
 
-def reconstructions(originals: Picture, decoded: Picture, columns: int, pad: int = 2, scale: int = 2) -> Picture:
-    """Rows of originals, each above the row of their reconstructions.  Both uint8 (N, C, H, W), N a multiple of columns."""
-    if originals.shape != decoded.shape or len(originals) % columns:
-        raise ValueError(f"need as many reconstructions as originals, a multiple of {columns}: {originals.shape}, {decoded.shape}")
-    rows = originals.reshape(-1, 1, columns, *originals.shape[1:])
-    pairs = np.concatenate([rows, decoded.reshape(rows.shape)], axis=1)
-    return grid(pairs.reshape(-1, *originals.shape[1:]), columns, pad, scale)
-
-
-def annotate(picture: Picture, rows: Sequence[str] = (), columns: Sequence[str] = (), size: int = 12) -> Picture:
+def annotate(picture: Picture, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Picture:
     """Write names to the left of evenly spaced rows and below evenly spaced columns, in black on white."""
     high, wide, c = picture.shape
-    font, rows = ImageFont.load_default(size), [shortened(name) for name in rows]
+    font, rows = ImageFont.load_default(FONT_SIZE), [shortened(name) for name in rows]
     left = max((int(np.ceil(font.getlength(name))) for name in rows), default=-6) + 6
-    below = size + 6 if columns else 0
+    below = FONT_SIZE + 6 if columns else 0
     page = Image.new("L" if c == 1 else "RGB", (left + wide, high + below), "white")
-    page.paste(_image(picture), (left, 0))
+    page.paste(to_pil(picture.transpose(2, 0, 1)), (left, 0))
     draw = ImageDraw.Draw(page)
-    for index, name in enumerate(rows):
-        draw.text((left - 3, (index + 0.5) * high / len(rows)), name, "black", font, anchor="rm")
-    for index, name in enumerate(columns):
-        draw.text((left + (index + 0.5) * wide / len(columns), high + below / 2), name, "black", font, anchor="mm")
+    for i, name in enumerate(rows):
+        draw.text((left - 3, (i + 0.5) * high / len(rows)), name, "black", font, anchor="rm")
+    for i, name in enumerate(columns):
+        x = left + (i + 0.5) * wide / len(columns)
+        draw.text((x, high + below / 2), name, "black", font, anchor="mm")
     return np.asarray(page).reshape(high + below, left + wide, c)
 
 
 def shortened(name: str) -> str:
-    """A name, of a class for instance, on one line and not too long for a picture."""
+    """Return a name, for example of a class, on one line and cut to a length that fits into a picture."""
     line = " ".join(name.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
-
-
-def _image(picture: Picture) -> Image.Image:
-    return Image.fromarray(picture[:, :, 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture)

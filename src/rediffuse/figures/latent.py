@@ -1,47 +1,54 @@
-"""The latent space of a VAE: where the images lie in it, and what lies where."""
+"""The latent space of a VAE: where the images lie in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import matplotlib
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from rediffuse.figures.render import plain, render
+from rediffuse.figures.render import default_style, plain, render
 
 Floats = NDArray[np.floating]
 
 MOST = 40  # classes in the legend
 
 
-def latent_map(means: Floats, labels: NDArray[np.int64] | None = None, classes: Sequence[str] = ()) -> NDArray[np.uint8]:
-    """A scatter of posterior means, coloured by class, as a picture (900, 900, 3) or, with a legend, (900, 1100, 3).
+@default_style
+def latent_map(
+    means: Floats, labels: NDArray[np.int64] | None = None, classes: Sequence[str] = ()
+) -> NDArray[np.uint8]:
+    """Return a scatter of posterior means by class: (900, 900, 3), or (900, 1100, 3) with a legend.
 
-    means: (N, latent_dim).  Two dimensions are drawn as they are; of more, the first two principal components, with their
-    share of the variance; a single one against the class.  More than MOST classes are not named.
+    means: (N, latent_dim).  Two dimensions are drawn as they are.  More are projected on the first two
+    principal components, with their share of the variance.  A single one is drawn against the class.  More
+    than MOST classes get no legend.
     """
-    points, axes = _plane(means, labels)
-    with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says, the bytes are the same
-        named = labels is not None and len(classes) <= MOST
-        figure = Figure(figsize=(11 if named else 9, 9), dpi=100, layout="constrained")
-        axis = figure.add_subplot(xlabel=axes[0], ylabel=axes[1], title="Posterior means of the VAE")
-        colours = matplotlib.colormaps["tab10"] if len(classes) <= 10 else matplotlib.colormaps["turbo"].resampled(len(classes))
-        # In the order of the data, not class by class, so that the last class does not cover the others.
-        axis.scatter(points[:, 0], points[:, 1], s=6, c=None if labels is None else colours(labels), alpha=0.6, linewidths=0)
-        if named:
-            for index, name in enumerate(classes):
-                axis.scatter([], [], color=colours(index), label=plain(name))
-            figure.legend(loc="outside right center")
-        return render(figure)
+    points, (x, y) = _plane(means, labels)
+    legend = labels is not None and len(classes) <= MOST
+    figure = Figure(figsize=(11 if legend else 9, 9), dpi=100, layout="constrained")
+    axis = figure.add_subplot(xlabel=x, ylabel=y, title="Posterior means of the VAE")
+    if len(classes) <= 10:
+        colours = matplotlib.colormaps["tab10"]
+    else:
+        colours = matplotlib.colormaps["turbo"].resampled(len(classes))
+    # In the order of the data, not class by class, so that the last class does not cover the others.
+    colour = None if labels is None else colours(labels)
+    axis.scatter(points[:, 0], points[:, 1], s=6, c=colour, alpha=0.6, linewidths=0)
+    if legend:
+        for i, name in enumerate(classes):
+            axis.scatter([], [], color=colours(i), label=plain(name))
+        figure.legend(loc="outside right center")
+    return render(figure)
 
 
 def principal_components(means: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """((N, 2), (2,)): the coordinates on the first two principal axes, and the share of the variance of each.
+    """Return coordinates on the first two principal axes, (N, 2), and their shares of the variance, (2,).
 
-    An axis points to where its largest loading is positive: otherwise its sign would be the linear algebra library's whim.
+    The largest loading of each axis is positive: otherwise its sign would depend on the linear algebra
+    library.
     """
     centred = np.asarray(means, np.float64) - means.mean(axis=0, dtype=np.float64)
     variances, axes = np.linalg.eigh(centred.T @ centred)
@@ -52,11 +59,13 @@ def principal_components(means: Floats) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def _plane(means: Floats, labels: NDArray[np.int64] | None) -> tuple[Floats, tuple[str, str]]:
+    """Return points of the plane, (N, 2), and the names of its axes."""
     if means.shape[1] == 1:
         heights = np.zeros(len(means)) if labels is None else labels
         return np.stack([means[:, 0], heights], axis=1), ("z", "" if labels is None else "class")
     if means.shape[1] == 2:
         return means, ("z_1", "z_2")
     points, shares = principal_components(means)
-    x, y = (f"principal component {index + 1} of {means.shape[1]} ({share:.0%} of the variance)" for index, share in enumerate(shares))
+    name = "principal component {} of {} ({:.0%} of the variance)"
+    x, y = (name.format(i + 1, means.shape[1], share) for i, share in enumerate(shares))
     return points, (x, y)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
+import matplotlib.style
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rediffuse.figures.grid import shortened
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+# Decorates what draws a figure: the bytes must not depend on the user's matplotlibrc.
+default_style = matplotlib.style.context("default")
 
 
 def plain(name: str) -> str:
-    """A name, of a class for instance, as matplotlib writes it: no mathematics between dollars, on one line, and not too long."""
+    """Return a name, for example of a class, as matplotlib text: on one short line, without formulas."""
     return shortened(name).replace("$", r"\$")
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:
-    """The pixels, uint8 (height, width, 3)."""
+    """Return the pixels, uint8 (height, width, 3)."""
     pixels = io.BytesIO()
     figure.savefig(pixels, format="rgba")
     wide, high = figure.canvas.get_width_height()

@@ -1,7 +1,8 @@
-"""Files of arrays and pictures, written atomically.
+"""Files of arrays and pictures.
 
-The bytes of .npy depend on the array alone, those of PNG on the picture and on Pillow's zlib, which requirements.lock pins.  .npz is for
-users only and must not be hashed: its bytes depend on the patch release of Python (zipfile's headers).
+The bytes of .npy depend only on the array, those of PNG on the picture and Pillow's zlib (pinned by the
+lock).  .npz is for users only and must not be hashed: its bytes depend on Python's patch release (zipfile's
+headers).
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import replace_file
 
 
-def save_npy(path: Path, array: NDArray[Any]) -> None:
-    """Write one array."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    replace_file(path, buffer.getvalue())
+def load_npy(path: Path, remedy: str, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """Read one array.  Raises UserError, with the remedy, for a file that is missing or damaged."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    return array
 
 
 def save_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -32,18 +38,18 @@ def save_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def encode_png(picture: NDArray[np.uint8]) -> bytes:
-    """A picture (height, width, 1 or 3), grey or RGB, as PNG, without time or software in it."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(buffer, format="PNG", compress_level=9)
-    return buffer.getvalue()
+def to_pil(image: NDArray[np.uint8]) -> Image.Image:
+    """Return an image (C, H, W) as a Pillow image: grey for C = 1, RGB for C = 3."""
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
 def encode_image(image: NDArray[np.uint8]) -> bytes:
-    """An image (C, H, W) as PNG."""
-    return encode_png(image.transpose(1, 2, 0))
+    """Return an image (C, H, W) as PNG, without time or software in it."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG", compress_level=9)
+    return buffer.getvalue()
 
 
 def save_png(picture: NDArray[np.uint8], path: str | Path) -> None:
-    """Write a picture as `encode_png`."""
-    replace_file(path, encode_png(picture))
+    """Write a picture (height, width, 1 or 3) as PNG."""
+    replace_file(path, encode_image(picture.transpose(2, 0, 1)))

@@ -1,4 +1,4 @@
-"""An image set on disk, whatever its source: `images.npy` and `labels.npy` for each split, and a `manifest.json`."""
+"""An image set on disk: `images.npy` and `labels.npy` for each split, and a `manifest.json`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rediffuse.images.files import load_npy
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import read_json
 
 Split = Literal["train", "validation", "test"]
+
+REMEDY = "make it again with `dvc repro -f prepare`"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and what they show.
+    """Images and what they show.  Arrays from `load_images` are memory-mapped and read-only.
 
-    images: uint8 (N, C, H, W), values 0..255, or float32, latents of a VAE; labels: int64 (N,), each an index into `classes`, or None;
-    classes: the names of the labels, empty where there are none.  Arrays from `load_images` are memory-mapped and read-only.
+    images: uint8 (N, C, H, W), 0..255, or float32, latents of a VAE.
+    labels: int64 (N,), each an index into `classes`, or None.
+    classes: the names of the labels, empty if there are none.
     """
 
     images: NDArray[Any]
@@ -32,14 +37,17 @@ class ImageSet:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.images.dtype not in (np.uint8, np.float32) or self.images.ndim != 4:
-            raise ValueError(f"images must be uint8 or float32 (N, C, H, W), got {self.images.dtype} {self.images.shape}")
-        if self.labels is None:
+        images, labels = self.images, self.labels
+        if images.dtype not in (np.uint8, np.float32) or images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 or float32 (N, C, H, W), got {images.dtype} {images.shape}"
+            )
+        if labels is None:
             return
-        if self.labels.dtype != np.int64 or self.labels.shape != (len(self.images),):
-            raise ValueError(f"labels must be int64 ({len(self.images)},), got {self.labels.dtype} {self.labels.shape}")
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"labels must be 0..{len(self.classes) - 1}, got {self.labels.min()}..{self.labels.max()}")
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            raise ValueError(f"labels must be int64 ({len(images)},), got {labels.dtype} {labels.shape}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+            raise ValueError(f"labels must be 0..{len(self.classes) - 1}, got {labels.min()}..{labels.max()}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,13 +59,14 @@ class ImageSet:
         return channels, height, width
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """The images at these indices, in this order, copied into memory."""
-        return ImageSet(self.images[indices], None if self.labels is None else self.labels[indices], self.classes)
+        """Return the images at these indices, in this order, copied into memory."""
+        labels = None if self.labels is None else self.labels[indices]
+        return ImageSet(self.images[indices], labels, self.classes)
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A new folder that takes the place of this one as a whole at the end of the block; until then, and after an error, nothing changes."""
+    """Yield a new folder that replaces `folder` at the end of the block, unless there is an error."""
     folder = Path(folder)
     incoming = folder.with_name(f".{folder.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
@@ -72,14 +81,19 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
 
 def save_images(folder: str | Path, splits: Mapping[str, ImageSet], manifest: Mapping[str, Any]) -> None:
-    """Write the splits and their manifest.  The folder is replaced as a whole: it is never seen half-written."""
+    """Write the splits and their manifest.  The folder is replaced as a whole and never seen half-written."""
     with replacing(folder) as incoming:
         for name, split in splits.items():
-            (incoming / name).mkdir()
-            np.save(incoming / name / "images.npy", split.images)
-            if split.labels is not None:
-                np.save(incoming / name / "labels.npy", split.labels)
+            save_arrays(incoming / name, split.images, split.labels)
         save_manifest(incoming, manifest)
+
+
+def save_arrays(folder: Path, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
+    """Write `images.npy` and, if there are labels, `labels.npy`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", images)
+    if labels is not None:
+        np.save(folder / "labels.npy", labels)
 
 
 def save_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -87,9 +101,9 @@ def save_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 class ImageAppender:
-    """A split that is written image by image, in constant memory: the files are those that `save_images` writes.
+    """A context in which a split is written image by image, in constant memory, as `save_images` writes it.
 
-    shape: (C, H, W) of all images.  labels: whether each has one.  To be closed by `with`.
+    shape: (C, H, W) of all images.  labels: whether each has one.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], *, labels: bool) -> None:
@@ -125,45 +139,36 @@ class ImageAppender:
 
 
 def load_images(folder: str | Path, split: Split) -> ImageSet:
-    """Map one split into memory.  Raises UserError if it is not there or damaged."""
+    """Map one split into memory.  Raises UserError if it is missing or damaged."""
     return load_split(Path(folder), split, load_manifest(folder).get("classes", ()))
 
 
 def load_split(folder: Path, split: Split, classes: Sequence[str]) -> ImageSet:
-    """The same where the classes are known, and the manifest is not written yet."""
-    labels = folder / split / "labels.npy"
+    """Map one split into memory when the classes are known and the manifest is not written yet."""
+    path = folder / split / "labels.npy"
+    images = load_npy(folder / split / "images.npy", REMEDY, mmap_mode="r")
+    labels = load_npy(path, REMEDY, mmap_mode="r") if path.exists() else None
     try:
-        return ImageSet(_map(folder / split / "images.npy"), _map(labels) if labels.exists() else None, tuple(classes))
+        return ImageSet(images, labels, tuple(classes))
     except ValueError as error:
-        raise UserError(f"{folder / split} is damaged ({error}): make it again with `dvc repro -f prepare`") from None
+        raise UserError(f"{folder / split} is damaged ({error}): {REMEDY}") from None
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `manifest.json` says of the image set: source, licence, classes, shape, mean, std, counts and hashes."""
-    path = Path(folder) / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: make it with `dvc repro prepare`") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): make it again with `dvc repro -f prepare`") from None
-    return manifest
-
-
-def _map(path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: make it with `dvc repro prepare`") from None
-    except EOFError as error:  # an empty file
-        raise ValueError(str(error)) from None
-    return array
+    """Return `manifest.json`: source, licence, classes, shape, mean, std, counts and hashes."""
+    return read_json(Path(folder) / "manifest.json", REMEDY)
 
 
 def check_images(images: NDArray[np.uint8], shape: tuple[int, ...], title: str) -> None:
     """Raise UserError unless images are at least one uint8 array of this (C, H, W)."""
     if images.dtype != np.uint8:
-        raise UserError(f"{title}: the images must be uint8 (0..255), got {images.dtype}: round and convert them once, when they are drawn")
+        raise UserError(
+            f"{title}: the images must be uint8 (0..255), got {images.dtype}: round and convert them once,"
+            " when they are drawn"
+        )
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
-        wanted = ", ".join(str(size) for size in shape)
-        raise UserError(f"{title}: the images must be an array [N, {wanted}] as the instrument takes them, got {list(images.shape)}")
+        wanted = ", ".join(map(str, shape))
+        raise UserError(
+            f"{title}: the images must be an array [N, {wanted}] as the instrument takes them,"
+            f" got {list(images.shape)}"
+        )

@@ -1,4 +1,4 @@
-"""Pixels: uint8 on disk, [0, 1] for the VAE, [-1, 1] for diffusion.  One rounding rule for all that is scored: the nearest grey level."""
+"""Pixels: uint8 on disk, [0, 1] for the VAE, [-1, 1] for diffusion.  All are rounded to the nearest level."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.device import device, to_device
 
-ROUNDING = "pixels clamped to the range and rounded to the nearest of 256 levels, in uint8"  # of all images that are scored
+# How all images that are scored are rounded.
+ROUNDING = "pixels clamped to the range and rounded to the nearest of 256 levels, in uint8"
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -32,5 +33,6 @@ def from_signed(pixels: Tensor) -> Tensor:
 
 
 def on_device(images: ImageSet) -> tuple[Tensor, Tensor | None]:
-    """Images, uint8 (N, C, H, W), and labels, int64 (N,), if there are any, as `to_device`."""
-    return to_device(images.images, device()), None if images.labels is None else to_device(images.labels, device())
+    """Return images, uint8 (N, C, H, W), and labels, int64 (N,) or None, as `to_device` does."""
+    labels = None if images.labels is None else to_device(images.labels, device())
+    return to_device(images.images, device()), labels

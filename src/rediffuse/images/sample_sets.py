@@ -1,8 +1,10 @@
-"""Generated images on disk: a folder for each seed with `images.npy` and, from a conditional model, `labels.npy`; and `sampling.json`."""
+"""Generated images on disk: a folder for each seed, and `sampling.json`.
+
+A folder holds `images.npy` and, from a conditional model, `labels.npy`.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rediffuse.images.files import save_npy
-from rediffuse.images.image_set import check_images
+from rediffuse.images.files import load_npy
+from rediffuse.images.image_set import check_images, save_arrays
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.files import read_json
 
-RECONSTRUCTIONS = "reconstructions"  # the folder beside those of the seeds, from a VAE
+RECONSTRUCTIONS = "reconstructions"  # a VAE's folder beside those of the seeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,10 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class SampleSets:
-    """Independent sets of the same size, all labelled or none; `sampling`: n, seeds, and the settings they were drawn with.
+    """Independent sets of the same size, all labelled or none.
 
-    reconstructions: of a VAE, uint8 (N, C, H, W), what it makes of test images.
+    sampling: n, seeds, and the settings of the sampler.
+    reconstructions: a VAE's, of test images, uint8 (N, C, H, W).
     """
 
     sets: list[Samples]
@@ -46,33 +50,29 @@ class SampleSets:
 
     @property
     def images(self) -> NDArray[np.uint8]:
-        """Those of all sets, one set after the other."""
+        """The images of all sets, one set after the other."""
         return np.concatenate([part.images for part in self.sets])
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Those of all sets, or None."""
+        """The labels of all sets, or None."""
         labels = [part.labels for part in self.sets if part.labels is not None]
         return np.concatenate(labels) if labels else None
 
 
 def save_samples(folder: Path, samples: Samples) -> None:
     """Write one set."""
-    save_npy(folder / "images.npy", samples.images)
-    if samples.labels is not None:
-        save_npy(folder / "labels.npy", samples.labels)
+    save_arrays(folder, samples.images, samples.labels)
 
 
 def load_sets(folder: Path, shape: tuple[int, ...], classes: int) -> SampleSets:
-    """The sets in the folder.  Raises UserError if anything is missing or damaged, or does not fit `sampling.json`."""
+    """Load the sets.  Raises UserError if they are missing, damaged, or not as `sampling.json` says."""
     remedy = f"make it with `dvc repro -f sample_{folder.name}`"
+    sampling = read_json(folder / "sampling.json", remedy)
     try:
-        sampling = json.loads((folder / "sampling.json").read_text())
         n, seeds = sampling["n"], sampling["seeds"]
-    except FileNotFoundError:
-        raise UserError(f"{folder / 'sampling.json'} is missing: {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'sampling.json'} is damaged ({error!r}): {remedy}") from None
+    except KeyError as error:
+        raise UserError(f"{folder / 'sampling.json'} is damaged ({error} is missing): {remedy}") from None
     sets = [load_samples(folder / str(seed), shape, classes) for seed in seeds]
     if {len(part) for part in sets} != {n} or len({part.labels is None for part in sets}) != 1:
         found = ", ".join(f"{len(part)} {'un' if part.labels is None else ''}labelled" for part in sets)
@@ -82,23 +82,16 @@ def load_sets(folder: Path, shape: tuple[int, ...], classes: int) -> SampleSets:
 
 
 def load_samples(folder: Path, shape: tuple[int, ...], classes: int) -> Samples:
-    """One set.  Raises UserError if it is missing or damaged, or holds other things than images (C, H, W) = shape."""
+    """Load one set.  Raises UserError if it is missing or damaged, or its images are not of this shape."""
     remedy = f"make it with `dvc repro -f sample_{folder.parent.name}`"
-    images, labels = _load(folder / "images.npy", remedy), None
+    images, labels = load_npy(folder / "images.npy", remedy), None
     check_images(images, shape, str(folder))
     if (folder / "labels.npy").exists():
-        labels = _load(folder / "labels.npy", remedy)
-        if labels.shape != (len(images),) or labels.dtype != np.int64 or not 0 <= labels.min() <= labels.max() < classes:
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UserError(f"{folder}: labels must be {len(images)} int64 numbers from 0 to {classes - 1}, got {found}: {remedy}")
+        labels = load_npy(folder / "labels.npy", remedy)
+        fits = labels.shape == (len(images),) and labels.dtype == np.int64
+        if not fits or not 0 <= labels.min() <= labels.max() < classes:
+            raise UserError(
+                f"{folder}: labels must be {len(images)} int64 numbers from 0 to {classes - 1}, got"
+                f" {labels.dtype} {list(labels.shape)}: {remedy}"
+            )
     return Samples(images, labels)
-
-
-def _load(path: Path, remedy: str) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
-    return array

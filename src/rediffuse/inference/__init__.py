@@ -1,4 +1,4 @@
-"""What one does with a trained model: draw, reconstruct, interpolate, inpaint, likelihood, export, serve.  No stage depends on it.
+"""What you do with a trained model: draw, reconstruct, interpolate, inpaint, likelihood, export, serve.
 
-Must not know DVC; MLflow only where a model is served.
+No stage depends on this package.  It must not know DVC, and MLflow only to serve a model.
 """

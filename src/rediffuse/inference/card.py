@@ -1,4 +1,4 @@
-"""The model card (Mitchell et al. 2019, arXiv:1810.03993) of a trained model: README.md beside its weights."""
+"""The model card (Mitchell et al. 2019, arXiv:1810.03993): README.md beside the weights of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USAGE = """\
     rediffuse.load("THIS FOLDER").generate(n=16, seed=1)
 
 or `rediffuse generate --model "THIS FOLDER" out.png`."""
-COMMIT, ROW = "commit", "row"  # of `origin`: either makes the model again
+COMMIT, ROW = "commit", "row"  # keys of `origin`; each is enough to rebuild the model
 
 
 def model_card(
@@ -29,15 +29,16 @@ def model_card(
     origin: Mapping[str, str],
     usage: str = USAGE,
 ) -> str:
-    """Markdown.  What is None is not known, or not of this model, and the card says so.
+    """Return the card, in Markdown.  None means not known, or not of this model; the card says so.
 
-    config: of the model; settings: of sampling; manifest: of the image set it was trained on; record: of the evaluation of its images;
-    parameters: it was trained with, as in params.yaml; origin: what leads back to the run, such as the commit, by names.
+    config: of the model.  settings: of sampling.  manifest: of the images it was trained on.  record: the
+    evaluation of its images.  parameters: that it was trained with, as in params.yaml.  origin: the run, by
+    names such as COMMIT.
     """
+    of = "images" if config.get("clip", True) else "latents, which the VAE in the folder `vae` decodes"
     shape = " x ".join(map(str, config["shape"]))
-    of = "images" if config.get("clip", True) else "latents, which the VAE in the folder `vae` makes images of"
-    parts = {
-        "Use": [usage],
+    sections = {
+        "Use": usage,
         "Data": _data(manifest),
         "Scores": _scores(record),
         "Sampling": _table(settings),
@@ -45,79 +46,86 @@ def model_card(
         "Limits": _limits(kind, manifest),
         "How to rebuild it": _rebuilding(origin, parameters),
     }
-    lines = [f"# {TITLES[kind]}", "", f"Draws images like those it has learnt from.  Channels, height and width of its {of}: {shape}."]
-    return "\n".join([*lines, *(line for title, part in parts.items() for line in ("", f"## {title}", "", *part)), ""])
+    about = f"Draws images like its training images.  Channels, height and width of its {of}: {shape}."
+    parts = [f"# {TITLES[kind]}", about, *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    return "\n\n".join(parts) + "\n"
 
 
-def _data(manifest: Mapping[str, Any] | None) -> list[str]:
+def _data(manifest: Mapping[str, Any] | None) -> str:
     if manifest is None:
-        return ["Not known: data/pixels is not there, or is not what this model was trained on."]
+        return "Not known: data/pixels is missing, or is not what this model was trained on."
     train = manifest["splits"]["train"]
-    return _table(
-        {
-            "set": manifest["set"],
-            "what": manifest["description"],
-            "source": manifest.get("source") or "not published",
-            "licence": manifest.get("licence") or "not known: ask whoever made the images before you publish what the model draws",
-            "training images": f"{train['count']:,}",
-            "SHA-256 of the training images": train["sha256"]["images"],
-            "classes": ", ".join(name.strip() for name in manifest["classes"]) or "none",
-        }
-    )
+    ask = "not known: ask the owner of the images before you publish what the model draws"
+    rows = {
+        "set": manifest["set"],
+        "what": manifest["description"],
+        "source": manifest.get("source") or "not published",
+        "licence": manifest.get("licence") or ask,
+        "training images": f"{train['count']:,}",
+        "SHA-256 of the training images": train["sha256"]["images"],
+        "classes": ", ".join(name.strip() for name in manifest["classes"]) or "none",
+    }
+    return _table(rows)
 
 
-def _scores(record: Mapping[str, Any] | None) -> list[str]:
+def _scores(record: Mapping[str, Any] | None) -> str:
     if record is None:
-        return ["None: when this card was written, no images of this model had been judged.  How good they are is not known."]
+        return "Not known: no images of this model had been evaluated when this card was written."
     sampling = record["sampling"]
     drawn = "; ".join(f"{name}: {value}" for name, value in sampling.items() if name not in ("n", "seeds"))
+    sets = f"{len(sampling['seeds'])} sets of {sampling['n']:,} images"
     lines = [
-        f"{len(sampling['seeds'])} sets of {sampling['n']:,} images against {record['reference']['n']:,} test images; mean ± standard"
-        f" deviation over the sets.  Drawn with {drawn}.",
+        f"{sets} against {record['reference']['n']:,} test images; mean ± standard deviation over the sets.",
+        f"Drawn with {drawn}.",
         "",
+        "| instrument (SHA-256) | score | value | of real training images |",
+        "|---|---|---|---|",
     ]
-    if record["instruments"]:
-        lines += ["| instrument (SHA-256) | score | value | of real training images |", "|---|---|---|---|"]
-    else:
-        lines += ["No distance was measured: `reference.instruments` is empty."]
-    for id, part in record["instruments"].items():
-        for name, value in part["scores"].items():
-            floor = f"{part['floor']:.3f}" if name in ("fd", "fid") and "floor" in part else ""
-            lines.append(f"| {id} ({part['instrument']['sha256'][:12]}) | {name} | {value['mean']:.4g} ± {value['std']:.2g} | {floor} |")
+    if not record["instruments"]:
+        lines[-2:] = ["No distance was measured: `reference.instruments` is empty."]
+    for name, part in record["instruments"].items():
+        instrument = f"{name} ({part['instrument']['sha256'][:12]})"
+        for score, value in part["scores"].items():
+            floor = f"{part['floor']:.3f}" if score in ("fd", "fid") and "floor" in part else ""
+            lines.append(f"| {instrument} | {score} | {value['mean']:.4g} ± {value['std']:.2g} | {floor} |")
     copies = record["memorisation"]["copies"]["mean"]
-    return [
-        *lines,
-        "",
-        f"Share of images that are near-copies of a training image: {copies:.4f}.",
-        "",
-        "Numbers of another instrument, or of another number of images, cannot be compared with these.",
-    ]
+    lines += ["", f"Share of images that are near-copies of a training image: {copies:.4f}.", ""]
+    lines += ["Scores of another instrument or another number of images are not comparable with these."]
+    return "\n".join(lines)
 
 
-def _limits(kind: str, manifest: Mapping[str, Any] | None) -> list[str]:
-    lines = ["- It draws what its training images are like, at their size, with their gaps and biases; nothing else."]
+def _limits(kind: str, manifest: Mapping[str, Any] | None) -> str:
+    lines = ["- It draws only what is like its training images, at their size, with their gaps and biases."]
     if kind == "vae":
-        lines.append("- Its images are blurred: each is the mean of what the decoder holds for possible.")
+        lines.append("- Its images are blurred: each is the mean of all images that fit its latents.")
     if manifest is None or not manifest.get("licence"):
-        lines.append("- The licence of the training images is not known, so neither is what may be done with what it draws.")
-    return [*lines, "- A score says how near two sets of images are in the eyes of an instrument; a person may see otherwise."]
+        lines.append(
+            "- The licence of the training images is not known.  It may restrict the use of the model."
+        )
+    lines.append("- A score measures what its instrument sees.  A person may judge otherwise.")
+    return "\n".join(lines)
 
 
-def _rebuilding(origin: Mapping[str, str], parameters: Mapping[str, Any] | None) -> list[str]:
-    lines = [*_table(origin), ""] if origin else []
+def _rebuilding(origin: Mapping[str, str], parameters: Mapping[str, Any] | None) -> str:
+    parts = [_table(origin)] if origin else []
     if ROW in origin:
-        lines += [f"In a checkout with the row in its store: `rediffuse rebuild {origin[ROW]}`.", ""]
+        parts.append(f"In a checkout with this row in its store: `rediffuse rebuild {origin[ROW]}`.")
     elif COMMIT in origin:
-        lines += [f"    git checkout {origin[COMMIT]} && make repro", ""]
+        parts.append(f"    git checkout {origin[COMMIT]} && make repro")
     else:
-        lines += ["No commit is known that makes this model again.", ""]
+        parts.append("Not known: no commit has this model in its dvc.lock.")
     if parameters is None:
-        return [*lines, "The parameters it was trained with are not known: dvc.lock names another model, or none."]
-    return [*lines, "It was trained with these values in params.yaml:", "", "```yaml", yaml.safe_dump(dict(parameters)).rstrip(), "```"]
+        parts.append("The training parameters are not known: dvc.lock names another model, or none.")
+    else:
+        values = yaml.safe_dump(dict(parameters)).rstrip()
+        parts.append(f"It was trained with these values in params.yaml:\n\n```yaml\n{values}\n```")
+    return "\n\n".join(parts)
 
 
-def _table(values: Mapping[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in values.items())]
+def _table(values: Mapping[str, Any]) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in values.items())]
+    )
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The U-Net as a model of diffusers, with weights named as in a checkpoint of ours.
 
-Its file in an exported folder is the source of `UNet` and of what follows the imports here, so that the folder needs no rediffuse.
+An exported folder holds the source of `UNet` and of everything below the imports here: it needs no rediffuse.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from rediffuse.diffusion.unet import UNet
 
 
 class RediffuseUNet(ModelMixin, ConfigMixin):
-    """Predicts what the scheduler's `prediction_type` says, from images in [-1, 1] and a time, for `DDPMPipeline` and `DDIMPipeline`.
+    """Predict the scheduler's `prediction_type` from images in [-1, 1] and a time.
 
-    sample_size: (H, W).  T: steps it was trained on.  classes: number of labels.  label: of images for which the call gives none; None:
-    no label.  network: the other arguments of `UNet`.
+    sample_size: (H, W).  T: steps it was trained on.  classes: number of labels.  label: of images for which
+    the call gives none; None: no label.  network: the other arguments of `UNet`.
     """
 
     @register_to_config
@@ -31,8 +31,7 @@ class RediffuseUNet(ModelMixin, ConfigMixin):
         network: dict[str, Any],
     ) -> None:
         super().__init__()
-        height, breadth = sample_size
-        self.unet = UNet((in_channels, height, breadth), classes=classes, **network)
+        self.unet = UNet((in_channels, *sample_size), classes=classes, **network)
 
     def forward(
         self,
@@ -41,7 +40,7 @@ class RediffuseUNet(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """timestep: 0 to T - 1, as diffusers counts what are the times 1 to T here; class_labels: int64 (B,)."""
+        """Evaluate the network.  timestep: 0 to T - 1, our t - 1.  class_labels: int64 (B,)."""
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample)) + 1
         if class_labels is None and self.config.label is not None:
             class_labels = torch.full((len(sample),), self.config.label, device=sample.device)

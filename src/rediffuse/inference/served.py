@@ -1,8 +1,11 @@
-"""A trained model as MLflow serves it.  MLflow copies this file into the logged model and runs it there, beside a copy of the
-package; so it imports nothing of the room it lies in.
+"""A trained model as MLflow serves it.
 
-    one record of a request:   {"n": 4, "label": "Ankle boot", "seed": 1}
-    one record of the answer:  {"label": "Ankle boot", "png": "iVBORw0KGgo..."}, as many as images were asked for, in order
+MLflow copies this file into the logged model and runs it there, beside a copy of the package.  So it imports
+nothing from its own package at the top.  A request is a list of records, and the answer has one record for
+each image:
+
+    request:  {"n": 4, "label": "Ankle boot", "seed": 1}
+    answer:   {"label": "Ankle boot", "png": "iVBORw0KGgo..."}
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 
 class ServedImageModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow has no types
-    """label: a class by name or index, as text; without it the classes in turn.  png: an image in base64."""
+    """label: a class by name or index, as text; without it all classes in turn.  png: an image in base64."""
 
     def load_context(self, context: Any) -> None:
         from rediffuse.inference.model import load_image_model
@@ -27,7 +30,7 @@ class ServedImageModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlfl
         self.model = load_image_model(folder, packed_settings(folder))
 
     def predict(self, context: Any, model_input: pd.DataFrame) -> list[dict[str, Any]]:
-        """A record for each image; model_input: a data frame with a row for each drawing."""
+        """Return a record for each image.  model_input: a data frame with a row for each request."""
         from mlflow.exceptions import MlflowException
 
         from rediffuse.runtime.errors import UserError
@@ -42,8 +45,9 @@ class ServedImageModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlfl
 
         number = None
         if not pd.isna(label):
-            whole = isinstance(label, float) and label.is_integer()  # what becomes of an index in a column with gaps
-            number = self.model.label(str(int(label) if whole else label))
+            # pandas turns the indices of a column with gaps into floats.
+            text = str(int(label) if isinstance(label, float) and label.is_integer() else label)
+            number = self.model.label(text)
         images, labels = self.model.draw(int(n), seed=int(seed), label=number)
         names = [None] * len(images) if labels is None else [self.model.class_names[i] for i in labels]
         pictures = [base64.b64encode(encode_image(image)).decode() for image in images]

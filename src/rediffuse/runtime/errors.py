@@ -1,5 +1,5 @@
-"""The error a user can mend: its message names the parameter or file, what was found, what is allowed, and what to do."""
+"""The error that a user can fix: it names the parameter or file, the value, what is allowed, the remedy."""
 
 
 class UserError(Exception):
-    """Wrong input from outside: parameters, data, weights.  Stages print its text without a traceback and exit with 1."""
+    """Wrong parameters, data or weights.  A stage prints its text without a traceback and exits with 1."""

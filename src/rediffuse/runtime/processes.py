@@ -1,9 +1,9 @@
-"""Several processes as one: `torchrun --nproc-per-node=8 -m stages.train_ddpm` instead of `python -m stages.train_ddpm`.
+"""Several processes as one: `torchrun --nproc-per-node=8 -m` in place of `python -m`.
 
-Every process runs the same stage.  Work that can be shared is dealt out by rank; the process of rank 0, the first, does what
-only one may do, above all writing files.  Gradients are averaged by torch's
-DistributedDataParallel (training/loop.py).  With one process, and without torchrun, nothing here does anything.  What calls
-`barrier`, `broadcast`, `gather`, `total` or `mean_of_processes` must be called by all processes, in the same order.
+Every process runs the same stage and takes its share of the work by rank; only the first, of rank 0, writes
+files.  Torch's DistributedDataParallel averages the gradients (training/loop.py).  With one process, nothing
+here does anything.  All processes must call `barrier`, `broadcast`, `gather`, `total` and `mean_of_processes`
+in the same order.
 """
 
 from __future__ import annotations
@@ -23,41 +23,46 @@ from rediffuse.runtime.errors import UserError
 
 T = TypeVar("T")
 
-# The first process may do alone for hours what the others wait for: stand in line for a lock, train a classifier.  That a process
-# has died is noticed by torchrun, at once, and not by this.
-PATIENCE = timedelta(days=1)
+# The others may wait for hours while the first process waits for a lock or trains a classifier.  That a
+# process has died is noticed by torchrun, at once.
+TIMEOUT = timedelta(days=1)
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun has started with this one, for the length of a block or, as a decorator, a function.
+    """Join the processes that torchrun started, for a block or, as a decorator, for a function.
 
-    Gradients go between GPUs by NCCL; everything on the CPU, by Gloo.  Raises UserError if this machine has fewer GPUs than processes.
+    NCCL carries gradients between GPUs, Gloo everything on the CPU.  Raises UserError if there are fewer GPUs
+    than processes on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, processes = next(rendezvous("env://", timeout=PATIENCE))
-    # torchrun (torch 2.14) shares its store with the processes, and it outlives a restart, with the addresses of those that died.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
+    store, rank, processes = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun (torch 2.14) keeps one store over restarts, with the addresses of processes that died.
+    prefix = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
     if torch.cuda.is_available():
-        if (local_rank := int(os.environ["LOCAL_RANK"])) >= (found := torch.cuda.device_count()):
-            raise UserError(f"launcher starts more processes on a machine than there are GPUs ({found}): set --nproc-per-node to {found}")
+        if (local_rank := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"launcher starts more processes on a machine than there are GPUs ({gpus}):"
+                f" set --nproc-per-node to {gpus}"
+            )
         torch.cuda.set_device(local_rank)
     yield
-    dist.destroy_process_group()  # not after an error: the others may be gone, or about to be
+    dist.destroy_process_group()  # not after an error: the other processes may be gone
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if _together() else 0
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if _together() else 1
+    """Return the number of processes."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def is_main() -> bool:
@@ -66,26 +71,29 @@ def is_main() -> bool:
 
 
 def share_of_batch(batch: int, name: str) -> slice:
-    """This process's part of each global batch.  name: of the parameter.  Raises UserError unless all parts have the same size."""
+    """Return this process's part of a global batch.  Raises UserError unless all parts have the same size.
+
+    name: of the parameter, for the error.
+    """
     processes = world_size()
     if batch % processes:
         fitting = sorted({max(1, batch // processes) * processes, -(-batch // processes) * processes})
         raise UserError(
-            f"{name} ({batch}) is shared among all processes and must be a multiple of their number, which is {processes}:"
-            f" set it to {' or '.join(map(str, fitting))}, or start another number of processes (launcher)"
+            f"{name} ({batch}) is shared among all processes and must be a multiple of their number,"
+            f" {processes}: set it to {' or '.join(map(str, fitting))}, or start another number (launcher)"
         )
     size = batch // processes
     return slice(rank() * size, (rank() + 1) * size)
 
 
 def my_share(count: int) -> range:
-    """Of the numbers below `count`, those whose work is this process's: one after the other is dealt to each in turn."""
+    """Return this process's part of the numbers below `count`: each process takes every `world_size()`-th."""
     return range(rank(), count, world_size())
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes, on each of them; carries no gradient.  Adding zeros is exact."""
-    if not _together():
+    """Return the sum over all processes, to each of them, without gradient.  Adding zeros is exact."""
+    if not _is_distributed():
         return tensor
     added = tensor.detach().clone()
     dist.all_reduce(added)
@@ -93,13 +101,13 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def mean_of_processes(tensor: Tensor) -> Tensor:
-    """The mean over all processes, on each of them; carries no gradient."""
-    return total(tensor) / world_size() if _together() else tensor
+    """Return the mean over all processes, to each of them, without gradient."""
+    return total(tensor) / world_size() if _is_distributed() else tensor
 
 
 def broadcast(value: T) -> T:
-    """What the first process gives, on each of them: anything that can be pickled, tensors on the CPU."""
-    if not _together():
+    """Return the first process's value to all: anything that can be pickled, tensors on the CPU."""
+    if not _is_distributed():
         return value
     box = [value]
     dist.broadcast_object_list(box)
@@ -107,8 +115,8 @@ def broadcast(value: T) -> T:
 
 
 def gather(parts: list[T]) -> list[T]:
-    """On the first process, what each process has made of `my_share`, in the order of the numbers; on the others, nothing."""
-    if not _together():
+    """Return to the first process the results of all shares (`my_share`) in order, to the others nothing."""
+    if not _is_distributed():
         return parts
     everyone: list[list[T]] = [[]] * world_size()
     dist.gather_object(parts, everyone if is_main() else None)
@@ -116,10 +124,10 @@ def gather(parts: list[T]) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
-    if _together():
+    """Wait for all processes."""
+    if _is_distributed():
         total(torch.zeros(()))
 
 
-def _together() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,7 +1,7 @@
-"""Drawing many images so that image i is the same whatever else is drawn.
+"""Drawing many images so that image i does not depend on what else is drawn.
 
-Random numbers belong to fixed shards of 64 images, and a network always sees one whole shard: neither the number of images
-asked for nor how shards are spread over processes changes the bits of an image.
+Random numbers belong to fixed shards of 64 images, and a network always sees one whole shard.  So the bits of
+an image depend neither on the number of images nor on how the shards are shared among processes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ DrawShard = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def shard_generator(seed: int, shard: int) -> torch.Generator:
-    """The CPU generator of one shard."""
+    """Return the CPU generator of one shard."""
     return torch.Generator().manual_seed(seed_for(seed, SAMPLING, shard))
 
 
 def asked_labels(indices: Tensor, classes: int, label: int | None) -> Tensor | None:
-    """The labels of the images with these indices, int64: `label`, or 0, 1, 2, ... in turn if that is None.  None without classes."""
+    """Return the labels of the images with these indices, int64; None without classes.
+
+    label: of all images; None: 0, 1, 2, ... in turn.
+    """
     if not classes:
         return None
     return indices % classes if label is None else torch.full_like(indices, label)
 
 
 def in_shards(images: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-    """work(images) for any number of images (N, ...), computed on whole shards, the last filled up with copies, on the CPU.
+    """Return work(images) on the CPU for any number of images (N, ...), computed on whole shards.
 
-    So an image comes out the same whatever else is in the batch.
+    The last shard is filled up with copies, so the result of an image does not depend on the size of the
+    batch.
     """
     parts = []
     for part in torch.split(images, SHARD):
@@ -47,9 +51,9 @@ def in_shards(images: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def draw(n: int, draw_shard: DrawShard, *, seed: int, title: str) -> Tensor:
-    """The first n images, uint8 (n, C, H, W) on the CPU.
+    """Return the first n images, uint8 (n, C, H, W) on the CPU.
 
-    The shards are dealt to the processes, all of which must call this; the first gets the images, the others none (0,).
+    All processes must call this.  They share the shards; the first gets the images, the others an empty (0,).
     """
     mine = []
     with tqdm(total=n, unit="img", desc=title, mininterval=1.0, disable=not is_main()) as bar:

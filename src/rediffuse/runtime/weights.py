@@ -15,7 +15,7 @@ from rediffuse.runtime.kinds import CONFIG, WEIGHTS, Kind, read_config
 
 
 class Rebuildable(nn.Module):
-    """A model whose class and `config` rebuild it: `type(model)(**model.config)`.  Tells its kind, so that nobody has to guess it."""
+    """A model that its class and `config` rebuild: `type(model)(**model.config)`."""
 
     kind: ClassVar[Kind]
     config: dict[str, Any]
@@ -25,19 +25,20 @@ Model = TypeVar("Model", bound=Rebuildable)
 
 
 def save_model(model: Rebuildable, folder: Path) -> None:
-    """Write the weights, contiguous and on the CPU, and `model.config`: the kind, and the arguments of the class."""
+    """Write the weights, contiguous and on the CPU, and the kind and `model.config`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     replace_file(folder / WEIGHTS, save(state))
     write_json(folder / CONFIG, {"kind": model.kind} | model.config)
 
 
 def load_model(model_class: type[Model], folder: Path, device: torch.device) -> Model:
-    """The model that `save_model` wrote, in evaluation mode.  Raises UserError if it is missing or of another kind."""
+    """Return the saved model in evaluation mode.  Raises UserError if it is missing or of another kind."""
     arguments = read_config(folder)
     if (kind := arguments.pop("kind")) != model_class.kind:
         raise UserError(f"{folder} must hold a {model_class.kind}, but its {CONFIG} says {kind}")
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder / WEIGHTS} is missing: `dvc repro` trains the model, `dvc pull` fetches a trained one")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing: `dvc repro` trains the model, `dvc pull` fetches one")
     model = model_class(**arguments)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(load_file(weights))
     return model.to(device).to(memory_format=torch.channels_last).eval()

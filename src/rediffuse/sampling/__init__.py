@@ -1,5 +1,5 @@
 """Drawing new images from a trained model: samplers, spacings, guidance; from the VAE, the DDPM, the latents.
 
-One code path for the stages, `rediffuse generate` and a served MLflow model.  Image i depends on the seed, i and its label only.
-Must not know DVC or MLflow.
+Stages, `rediffuse generate` and a served MLflow model use the same code.  Image i depends only on the seed, i
+and its label.  It does not know DVC or MLflow.
 """

@@ -23,16 +23,15 @@ def ddpm_shards(
     label: int | None = None,
     observe: Observe | None = None,
 ) -> DrawShard:
-    """What draws a shard from the denoiser, which is on `device()`.
+    """Return a function that draws a shard of images from the denoiser, which is on `device()`.
 
-    space: what its x_0 are; None: pixels.
-
-    label: of all images; None: 0, 1, 2, ... in turn.  It changes no noise.  A model without labels takes None only.
-    observe: sees each step of the sampler.
+    space: of x_0; None: pixels.  label: of all images, without effect on the noise; None: 0, 1, 2, ... in
+    turn if there are classes.  observe: called at each step of the sampler.
     """
     denoise = guided(denoiser, guidance_scale=settings.guidance_scale)
     decode = (space or Pixels(denoiser.shape)).decode
-    times = SPACINGS[settings.spacing](denoiser.schedule, settings.steps)
+    schedule, sampler, eta = denoiser.schedule, SAMPLERS[settings.sampler], settings.eta
+    times = SPACINGS[settings.spacing](schedule, settings.steps)
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         def noise() -> Tensor:
@@ -40,15 +39,8 @@ def ddpm_shards(
 
         labels = asked_labels(indices.to(device()), denoiser.classes, label)
         with autocast(device(), precision):
-            x_0 = SAMPLERS[settings.sampler](
-                denoise,
-                denoiser.schedule,
-                noise(),
-                labels,
-                times=times,
-                eta=settings.eta,
-                noise=noise,
-                observe=observe,
+            x_0 = sampler(
+                denoise, schedule, noise(), labels, times=times, eta=eta, noise=noise, observe=observe
             )
             return decode(x_0)
 

@@ -1,4 +1,4 @@
-"""D(x_t, t, label) -> x_0 from a trained denoiser, with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rediffuse.sampling.samplers import Denoise
 
 
 def guided(denoiser: Denoiser, guidance_scale: float = 1.0) -> Denoise:
-    """D(x_t, t, labels) -> x_0, in [-1, 1] if the denoiser clips, for the samplers.
+    """Return D(x_t, t, labels) -> x_0 for the samplers, in [-1, 1] if the denoiser clips.
 
-    guidance_scale w: output = none + w (conditional - none) (Ho & Salimans 2022, in the form where 1 is no guidance).
+    guidance_scale w: output = unconditional + w (conditional - unconditional), so that w = 1 is no guidance.
     """
 
     def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

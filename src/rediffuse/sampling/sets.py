@@ -1,4 +1,4 @@
-"""The sets of images that the stages draw: one for each seed."""
+"""The sets of images that the stages draw, one for each seed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rediffuse.runtime.shards import DrawShard, draw
 def draw_sets(draw_shard: DrawShard, sample: Sample, classes: int, folder: Path) -> None:
     """Draw and save the set of each seed, with labels 0, 1, 2, ... in turn where there are classes.
 
-    All processes draw, the first one saves.
+    All processes draw; the main one saves.
     """
     if sample.n < classes and is_main():
         print(
-            f"warning: sample.n ({sample.n:,}) is less than the {classes:,} classes, so that only the first {sample.n:,} of them are drawn,"
-            " and judged against all: raise sample.n (params.yaml)",
+            f"warning: sample.n ({sample.n:,}) is less than the {classes:,} classes, so that only the first"
+            f" {sample.n:,} are drawn, and judged against all: raise sample.n (params.yaml)",
             file=sys.stderr,
         )
     labels = np.arange(sample.n, dtype=np.int64) % classes if classes else None

@@ -1,4 +1,4 @@
-"""The space in which a trained DDPM works: pixels, or the latents of a VAE that lies in its folder."""
+"""The space in which a trained DDPM works: pixels, or the latents of the VAE in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rediffuse.vae.latents import has_latents, load_latents
 
 
 class Space(Protocol):
-    """shape: (C, H, W) of the images.  Codes are what the denoiser calls x_0."""
+    """Maps images to codes, which the denoiser calls x_0, and back.  shape: (C, H, W) of the images."""
 
     shape: tuple[int, int, int]
 
@@ -23,7 +23,7 @@ class Space(Protocol):
 
 
 class Pixels:
-    """Images are their own codes, in [-1, 1]."""
+    """The codes are the images in [-1, 1]."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
@@ -36,5 +36,5 @@ class Pixels:
 
 
 def load_space(folder: Path, shape: tuple[int, int, int], device: torch.device) -> Space:
-    """That of the DDPM in the folder, whose x_0 have this shape."""
+    """Load the space of the DDPM in the folder.  shape: (C, H, W) of its x_0."""
     return load_latents(folder, device) if has_latents(folder) else Pixels(shape)

@@ -1,7 +1,7 @@
-"""Images from the VAE: latents from the prior, decoded; each image is the mean of p(x|z).
+"""Images from the VAE: latents from the prior, decoded.  Each image is the mean of p(x|z).
 
-The mixture prior is fitted once, by the stage `sample_vae`, and kept with the weights that it was fitted to: another fit on another
-machine could differ in its bits.
+The stage `sample_vae` fits the mixture prior once and keeps it with the hash of the weights it belongs to.
+Fitted again on another machine, it could differ in its last bits.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PRIOR = "prior.safetensors"  # the fitted mixture of a VAE, beside the images dr
 
 
 def vae_shards(vae: VAE, prior: Prior, precision: Precision, *, label: int | None = None) -> DrawShard:
-    """What draws a shard from the VAE, which is on `device()`.
+    """Return a function that draws a shard of images from the VAE, which is on `device()`.
 
-    label: of all images; None: 0, 1, 2, ... in turn.  It changes no latent.  A model without labels takes None only.
+    label: of all images, without effect on the latents; None: 0, 1, 2, ... in turn if there are classes.
     """
 
     def draw_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -42,7 +42,7 @@ def vae_shards(vae: VAE, prior: Prior, precision: Precision, *, label: int | Non
 
 
 def reconstruct_shards(vae: VAE, images: ImageSet, precision: Precision) -> DrawShard:
-    """What decodes a shard of images, of which it draws nothing: the mean of p(x|z) at the mean of q(z|x)."""
+    """Return a function that reconstructs a shard without noise: the mean of p(x|z) at the mean of q(z|x)."""
 
     def reconstruct_shard(indices: Tensor, generator: torch.Generator) -> Tensor:
         x, labels = on_device(images.take(indices.numpy() % len(images)))
@@ -53,14 +53,15 @@ def reconstruct_shards(vae: VAE, images: ImageSet, precision: Precision) -> Draw
 
 
 def save_mixture(path: Path, fitted: dict[str, Tensor], model: Path) -> None:
-    """Keep the mixture, and the SHA-256 of the weights in the folder `model` that it was fitted to."""
-    replace_file(path, save({name: tensor.contiguous() for name, tensor in fitted.items()}, {"model": _digest(model)}))
+    """Save the mixture with the SHA-256 of the weights, in the folder `model`, that it was fitted to."""
+    tensors = {name: tensor.contiguous() for name, tensor in fitted.items()}
+    replace_file(path, save(tensors, {"model": _digest(model)}))
 
 
 def load_prior(vae: VAE, settings: SampleVAE, path: Path, model: Path) -> Prior:
-    """The prior that the settings name; `path` holds the mixture, if it is that.
+    """Return the prior that the settings name.  path: the file of the mixture, read only for that prior.
 
-    Raises UserError if the mixture is missing, damaged, of other settings or fitted to other weights than those in `model`.
+    Raises UserError if the mixture is missing, damaged, or not of these settings and the weights in `model`.
     """
     if settings.prior == "normal":
         return standard_normal(vae.latent_dim)
@@ -68,13 +69,14 @@ def load_prior(vae: VAE, settings: SampleVAE, path: Path, model: Path) -> Prior:
     try:
         with safe_open(path, framework="pt") as file:
             about, fitted = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}, the mixture prior of the VAE, is missing: {remedy}") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}, the mixture prior of the VAE, is damaged ({error}): {remedy}") from None
-    asked = int(fitted.get("asked", len(fitted["weights"])))  # there are fewer where there were fewer training images
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path}, the mixture prior, cannot be read ({error}): {remedy}") from None
+    asked = int(
+        fitted.get("asked", len(fitted["weights"]))
+    )  # a mixture can have fewer components than asked for
     if about.get("model") != _digest(model) or asked != settings.components:
-        raise UserError(f"{path}, the mixture prior, is not of the VAE in {model} and {settings.components} components: {remedy}")
+        wanted = f"of the VAE in {model} and {settings.components} components"
+        raise UserError(f"{path}, the mixture prior, is not {wanted}: {remedy}")
     return mixture(fitted)
 
 

@@ -16,17 +16,17 @@ BLOCK = 2**22  # pixels that are counted at once: bincount turns them into int64
 
 
 def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Divide into (all but n, n held out): n images drawn by the seed, without replacement; both keep the published order."""
+    """Divide into (all but n, n held out), drawn by the seed; both keep the published order."""
     # RandomState, because numpy promises that its stream never changes (NEP 19); that of default_rng may.
     order = np.random.RandomState(seed).permutation(len(images))
     return images.take(np.sort(order[n:])), images.take(np.sort(order[:n]))
 
 
 def split_of(image: NDArray[np.uint8], *, seed: int, validation: float, test: float) -> Split:
-    """Where an image of a set without published splits belongs: by a hash of its pixels and the seed.
+    """Return the split of an image of a set without published splits, by a hash of its pixels and the seed.
 
-    validation, test: shares of all images, between 0 and 1.  So an image that is added, removed or renamed moves no other, and equal
-    images are never both learnt from and judged by.
+    validation, test: shares of all images, between 0 and 1.  An image that is added, removed or renamed moves
+    no other, and equal images are always in the same split.
     """
     digest = hashlib.sha256(f"{seed} {image.shape} ".encode() + image.tobytes()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
@@ -34,8 +34,10 @@ def split_of(image: NDArray[np.uint8], *, seed: int, validation: float, test: fl
 
 
 def describe(splits: Mapping[str, ImageSet], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest: `about` the set, then classes, shape, pixel mean and std of `train` by channel in [0, 1], and each split's counts
-    and the SHA-256 of its decoded content (the arrays' bytes).  It says nothing of where and when the files were found.
+    """Return the manifest: `about`, classes, shape, statistics of pixels, counts and hashes of each split.
+
+    mean, std: of `train` by channel, pixels in [0, 1].  The hashes are the SHA-256 of the arrays' bytes.  The
+    manifest does not tell where and when the files were found.
     """
     train = splits["train"]
     mean, std = _mean_and_std(train.images)
@@ -63,7 +65,7 @@ def _sha256(array: NDArray[Any]) -> str:
 
 
 def _mean_and_std(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """By channel, exact: from how often each of the 256 values occurs, in integers, so that no order of summation matters."""
+    """Return both by channel, from the integer counts of the 256 values: exact in any order of summation."""
     means, stds = [], []
     block = max(1, BLOCK // (images.shape[2] * images.shape[3]))
     for channel in range(images.shape[1]):

@@ -1,7 +1,9 @@
-"""Which MLflow run is the row of an experiment: found by its key, made once, and replaced visibly when everything runs again.
+"""Which MLflow run is the row of an experiment: found by its key, made once, and replaced visibly when
+everything runs again.
 
-A stage that has finished in a row and starts again begins another attempt (`dvc repro -f`, an edited module, `dvc exp run -f` of
-the same name): a new row, below which MLflow's table folds the old one.  A stage that failed or was killed goes on in its row.
+A stage that has finished in a row and starts again (`dvc repro -f`, an edited module, `dvc exp run -f` of the
+same name) begins another attempt: a new row, below which MLflow's table folds the old one.  A stage that
+failed or was killed goes on in its row.
 """
 
 from __future__ import annotations
@@ -24,52 +26,71 @@ PARENT = "mlflow.parentRunId"
 
 
 def stage_tag(stage: str, what: str) -> str:
-    """The tag of a row that says this of a stage."""
+    """Return the tag of a row that says this of a stage."""
     return legal(f"stage.{stage}.{what}")
 
 
 def place_of(root: Path) -> str:
-    """A name for this checkout on this machine, which tells nothing of either."""
+    """Return a name for this checkout on this machine that reveals neither."""
     return hashlib.sha256(f"{platform.node()}:{root}".encode()).hexdigest()[:12]
 
 
-def claim(client: MlflowClient, experiment: str, identity: Identity, params: Mapping[str, Any], stage: str, place: str) -> Row:
-    """The row that this stage goes on in, or a new one.  Call it under the lock of the row."""
-    current = latest(find(client, experiment, identity.key), place)
+def claim(
+    client: MlflowClient,
+    experiment: str,
+    identity: Identity,
+    params: Mapping[str, Any],
+    stage: str,
+    place: str,
+) -> Row:
+    """Return the row in which this stage goes on, or a new one.  Call it under the row lock."""
+    rows = find(client, experiment, identity.key)
+    current = latest(rows, place)
     if current is None:
         return create(client, experiment, identity, place)
     elsewhere = current.data.tags.get("rediffuse.place") != place
     again = current.data.tags.get(stage_tag(stage, "status")) == "finished"
     if elsewhere or again or not same_params(current, params):
-        # What another checkout is just writing stays beside it.
-        old = [] if elsewhere and current.info.status == "RUNNING" else find(client, experiment, identity.key)
+        # A row that another checkout is writing is not replaced.
+        old = [] if elsewhere and current.info.status == "RUNNING" else rows
         return create(client, experiment, identity, place, replaces=old)
     return current
 
 
 def find(client: MlflowClient, experiment: str, key: str) -> list[Row]:
-    """All rows with this key, the oldest first."""
-    query = f"tags.`rediffuse.key` = '{key}'"
-    return list(client.search_runs([experiment], query, order_by=["attributes.start_time ASC"], max_results=1000))
+    """Return all rows with this key, the oldest first."""
+    query, order = f"tags.`rediffuse.key` = '{key}'", ["attributes.start_time ASC"]
+    return list(client.search_runs([experiment], query, order_by=order, max_results=1000))
 
 
-def latest(rows: list[Row], place: str) -> Row | None:
-    """The attempt that counts: of those that are not superseded the one of this checkout, else the last."""
+def latest(rows: Sequence[Row], place: str) -> Row | None:
+    """Return the attempt that counts: of those that are not superseded the one of this checkout, else the
+    last.
+    """
     live = [row for row in rows if row.data.tags.get("rediffuse.superseded") != "true"]
     ours = [row for row in live if row.data.tags.get("rediffuse.place") == place]
     return (ours or live or [None])[-1]
 
 
 def same_params(row: Row, params: Mapping[str, Any]) -> bool:
-    """Whether the row's parameters, which MLflow lets nobody change, agree with these."""
+    """Return whether the row's parameters, which MLflow lets nobody change, agree with these."""
     texts = param_texts(params)
     return all(texts.get(name) == value for name, value in row.data.params.items())
 
 
 def create(
-    client: MlflowClient, experiment: str, identity: Identity, place: str, *, replaces: Sequence[Row] = (), at: int | None = None
+    client: MlflowClient,
+    experiment: str,
+    identity: Identity,
+    place: str,
+    *,
+    replaces: Sequence[Row] = (),
+    at: int | None = None,
 ) -> Row:
-    """A new row; the rows that it replaces are marked and folded below it.  at: when it began, in milliseconds since the epoch."""
+    """Make a row; the rows that it replaces are marked and folded below it.
+
+    at: its begin, in milliseconds since the epoch.
+    """
     attempts = [int(row.data.tags.get("rediffuse.attempt", 1)) for row in replaces]
     attempt = max(attempts, default=0) + 1
     tags = identity.tags | {
@@ -95,4 +116,6 @@ def _description(run_id: str, identity: Identity, attempt: int) -> str:
         origin = f"`dvc repro` on commit `{tags.get('mlflow.source.git.commit', 'none')[:12]}`"
     changed = ", with changed code (`recipe/code.diff`)" if identity.code_diff else ""
     again = f", attempt {attempt}" if attempt > 1 else ""
-    return f"{origin}{changed}{again}.\n\nRebuild it and compare every hash:\n\n    rediffuse rebuild {run_id}\n"
+    return (
+        f"{origin}{changed}{again}.\n\nRebuild it and compare every hash:\n\n    rediffuse rebuild {run_id}\n"
+    )

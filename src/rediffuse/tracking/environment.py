@@ -1,9 +1,9 @@
-"""What of a machine and its software the bytes of the results depend on.
+"""The parts of a machine and its software that the bytes of results depend on.
 
-Two groups.  `decides`: another value may give other bits; where all of it is the same, the bits are promised to be the same (one
-machine class).  `informs`: explains a difference that should not be there.  Nothing here names a host, a path, a process or a time,
-so that every process of one machine class gives the same description.  What the code itself sets (make_deterministic) is not here:
-the commit says it.
+Two groups.  `decides`: another value may give other bits; machines that agree in all of it (a machine class)
+give the same bits.  `informs`: helps to explain an unexpected difference.  Nothing names a host, path,
+process or time, so that every process of a machine class gives the same description.  What the code itself
+sets (make_deterministic) is given by the commit.
 """
 
 from __future__ import annotations
@@ -18,34 +18,38 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# They compute numbers or write the bytes of a file that DVC hashes; the others only run things.
-PACKAGES = ("matplotlib", "numpy", "pillow", "safetensors", "scikit-learn", "scipy", "torch-fidelity", "torchvision")
-# Variables that choose other kernels and show in nothing else below.  Numbers of threads show in `threads`.
+# They compute numbers, or write files that DVC hashes.
+PACKAGES = (
+    "matplotlib",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+    "scipy",
+    "torch-fidelity",
+    "torchvision",
+)
+# Variables that choose other kernels.  Numbers of threads are in `threads`.
 VARIABLES = (
-    "CUBLASLT_WORKSPACE_SIZE",
-    "CUDA_LAUNCH_BLOCKING",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_DEBUG_CPU_TYPE",
-    "MKL_DYNAMIC",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "NPY_DISABLE_CPU_FEATURES",
-    "NVIDIA_TF32_OVERRIDE",
-    "OMP_DYNAMIC",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "ONEDNN_MAX_CPU_ISA",
-    "PYTORCH_JIT",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "TORCH_CUDNN_V8_API_DISABLED",
+    *("CUBLASLT_WORKSPACE_SIZE", "CUDA_LAUNCH_BLOCKING", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA"),
+    *("MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES"),
+    *(
+        "NVIDIA_TF32_OVERRIDE",
+        "OMP_DYNAMIC",
+        "ONEDNN_DEFAULT_FPMATH_MODE",
+        "ONEDNN_MAX_CPU_ISA",
+        "PYTORCH_JIT",
+    ),
+    *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_CUDNN_V8_API_DISABLED"),
 )
 CUBLAS_WORKSPACE = ":4096:8"  # what make_deterministic() sets where nothing is set
 
 
 def describe_environment() -> dict[str, Any]:
-    """The environment of this process, as JSON values with sorted keys: {"decides": {...}, "informs": {...}}.
+    """Return the environment of this process as JSON values with sorted keys: {"decides": {...}, "informs":
+    {...}}.
 
-    Imports torch, which the stages have loaded already; elsewhere that takes seconds.
+    Imports torch, which takes seconds outside the stages.
     """
     import torch
 
@@ -79,36 +83,45 @@ def describe_environment() -> dict[str, Any]:
         "gpus": torch.cuda.device_count() if cuda else 0,
         "python": platform.python_version(),
     }
-    described: dict[str, Any] = json.loads(json.dumps({"decides": decides, "informs": informs}, sort_keys=True))
+    described: dict[str, Any] = json.loads(
+        json.dumps({"decides": decides, "informs": informs}, sort_keys=True)
+    )
     return described
 
 
 def environment_digest(environment: dict[str, Any]) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the environment as sorted JSON, both groups."""
+    """Return the first 12 hexadecimal digits of the SHA-256 of the environment as sorted JSON."""
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def same_machine_class(recorded: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether the same code, parameters and data are promised to give the same bits in both: whether all that decides is the same."""
+    """Return whether the same code, parameters and data give the same bits in both."""
     return bool(recorded.get("decides") == here.get("decides"))
 
 
 def differences(recorded: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """One text for each value that differs, such as "torch 2.14.1, here 2.15.0"; what decides the bits comes first.
+    """Return a text for each value that differs, such as "torch 2.14.1, here 2.15.0"; what decides comes
+    first.
 
-    A group that one of the two lacks is one text: "cuda none, here device NVIDIA H100, version 13.0".
+    A missing group is one text: "cuda none, here device NVIDIA H100, version 13.0".
     """
     found = list[str]()
     for group in sorted({*recorded, *here}):
         found += _differences(group, recorded.get(group), here.get(group))
-    return [text.removeprefix("decides.").removeprefix("packages.").removeprefix("informs.") for text in found]
+    return [
+        text.removeprefix("decides.").removeprefix("packages.").removeprefix("informs.") for text in found
+    ]
 
 
 def _differences(name: str, recorded: Any, here: Any) -> list[str]:
     if recorded == here:
         return []
     if isinstance(recorded, dict) and isinstance(here, dict):
-        return [text for key in sorted({*recorded, *here}) for text in _differences(f"{name}.{key}", recorded.get(key), here.get(key))]
+        return [
+            text
+            for key in sorted({*recorded, *here})
+            for text in _differences(f"{name}.{key}", recorded.get(key), here.get(key))
+        ]
     return [f"{name} {_words(recorded)}, here {_words(here)}"]
 
 
@@ -123,7 +136,10 @@ def _words(value: Any) -> str:
 
 
 def describe_cuda(torch: Any) -> dict[str, Any]:
-    """What of the first GPU, and of the libraries on it, chooses the kernels.  Takes the module, so that a test can hand in another."""
+    """Return what of the first GPU and its libraries chooses the kernels.
+
+    A test can hand in another module.
+    """
     device = torch.cuda.get_device_properties(0)
     return {
         "bfloat16": _computes_bfloat16(torch.device("cuda")),
@@ -132,7 +148,8 @@ def describe_cuda(torch: Any) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         "device": device.name,
-        "multiprocessors": device.multi_processor_count,  # a part of a GPU (MIG) has fewer, and splits sums otherwise
+        # A part of a GPU (MIG) has fewer and splits sums differently.
+        "multiprocessors": device.multi_processor_count,
         "version": torch.version.cuda,
     }
 
@@ -144,13 +161,13 @@ def _computes_bfloat16(on: Any) -> bool:
 
 
 def _features(cpu: Any) -> list[str]:
-    """The instruction sets on which torch's libraries (oneDNN, MKL) choose their kernels, as far as this torch asks for them."""
+    """Return the instruction sets by which oneDNN and MKL choose kernels, as far as this torch can ask."""
     names = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16")
     return [name for name in names if getattr(cpu, f"_is_{name}_supported", bool)()]
 
 
 def _processor() -> dict[str, str]:
-    """Vendor, on which MKL chooses its kernels, and model of the CPU."""
+    """Return the vendor of the CPU, by which MKL chooses kernels, and its model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:  # not Linux
@@ -163,21 +180,25 @@ def _processor() -> dict[str, str]:
 
 
 def _openblas() -> dict[str, Any] | None:
-    """NumPy's library of linear algebra; it has its own threads.  None where NumPy has another one."""
+    """Return NumPy's OpenBLAS, which has its own threads; None where NumPy has another library."""
     import numpy  # noqa: F401  # which loads it
 
     try:
         libraries = importlib.import_module("threadpoolctl").threadpool_info()
     except ImportError:
         return None
-    # SciPy brings a second one: whether it is loaded yet depends on the stage, so it must not count here.
+    # SciPy brings a second one; whether it is loaded depends on the stage, so it must not count.
     own = re.compile(r"site-packages[/\\]numpy\b")
-    found = [library for library in libraries if library["internal_api"] == "openblas" and own.search(library["filepath"])]
+    found = [
+        library
+        for library in libraries
+        if library["internal_api"] == "openblas" and own.search(library["filepath"])
+    ]
     return {key: found[0].get(key) for key in ("architecture", "num_threads", "version")} if found else None
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's kernel module."""
+    """Return the version of NVIDIA's kernel module."""
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""git in a checkout or a clone.  All of the project that asks git asks it here."""
+"""git in a checkout or a clone.  The project calls git only here."""
 
 from __future__ import annotations
 
@@ -9,38 +9,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")  # set inside a hook: they would point to another repository
+FOREIGN = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+)  # set inside a hook: they would point to another repository
 
 
 class GitError(Exception):
-    """git failed; the text is what it said."""
+    """git failed.  The text is what it printed."""
 
 
 def git(folder: Path, *arguments: str, **how: Any) -> str:
-    """What git prints in this folder, without the end of the line.  Arguments and errors as of `git_bytes`."""
+    """Return what git prints in this folder, stripped.  Arguments and errors as of `git_bytes`."""
     return git_bytes(folder, *arguments, **how).decode(errors="replace").strip()
 
 
 def git_bytes(
-    folder: Path, *arguments: str, stdin: bytes | None = None, timeout: float | None = None, variables: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    stdin: bytes | None = None,
+    timeout: float | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> bytes:
-    """What git prints in this folder, with these variables in its environment.
+    """Return what git prints in this folder, with these variables in its environment.
 
-    Raises GitError where it fails, takes longer than timeout (in seconds), or cannot be run.
+    Raises GitError where it fails, takes longer than timeout (seconds), or cannot be run.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | dict(variables or {})
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | dict(
+        variables or {}
+    )
     command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GitError(f"git cannot be run ({error})") from None
     if done.returncode:
-        raise GitError(done.stderr.decode(errors="replace").strip() or f"`git {arguments[0]}` ended with status {done.returncode}")
+        raise GitError(
+            done.stderr.decode(errors="replace").strip()
+            or f"`git {arguments[0]}` ended with status {done.returncode}"
+        )
     return done.stdout
 
 
 def try_git(folder: Path, *arguments: str, **how: Any) -> str:
-    """As `git`, but nothing where it fails: where there is no git, no commit, no remote."""
+    """As `git`, but return "" where it fails: no git, no commit, no remote."""
     try:
         return git(folder, *arguments, **{"timeout": 30.0} | how)
     except GitError:
@@ -48,17 +70,13 @@ def try_git(folder: Path, *arguments: str, **how: Any) -> str:
 
 
 def commit_of(folder: Path, name: str) -> str | None:
-    """The full hash of the commit that a revision or ref names, or None if this repository does not have it."""
-    return object_of(folder, f"{name}^{{commit}}")
-
-
-def object_of(folder: Path, name: str) -> str | None:
-    """The full hash of what a name stands for, or None if this repository does not have it."""
-    return try_git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", name) or None
+    """Return the full hash of the commit that a revision or ref names, None if it is unknown here."""
+    options = ("--verify", "--quiet", "--end-of-options")
+    return try_git(folder, "rev-parse", *options, f"{name}^{{commit}}") or None
 
 
 def file_at(folder: Path, commit: str, path: str) -> bytes | None:
-    """A file of a commit, its path relative to the folder; None if it is not there."""
+    """Return a file of a commit by its path relative to the folder, None if it is missing."""
     try:
         return git_bytes(folder, "show", f"{commit}:./{path}")
     except GitError:
@@ -66,21 +84,21 @@ def file_at(folder: Path, commit: str, path: str) -> bytes | None:
 
 
 def remotes(folder: Path) -> list[str]:
-    """The names of the git remotes, `origin` first."""
+    """Return the names of the git remotes, `origin` first."""
     return sorted(try_git(folder, "remote").split(), key=lambda name: (name != "origin", name))
 
 
 def experiment_ref(baseline: str, name: str) -> str:
-    """Where git keeps an experiment of DVC."""
+    """Return the git ref of a DVC experiment."""
     return f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
 
 
 def experiments(folder: Path) -> dict[tuple[str, str], str]:
-    """{(baseline, name): commit} of DVC's experiments in this repository."""
-    return experiments_in(try_git(folder, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"))
+    """Return {(baseline, name): commit} of DVC's experiments in this repository.
 
-
-def experiments_in(refs: str) -> dict[tuple[str, str], str]:
-    """The experiments in a list of refs.  DVC's own refs below refs/exps (exec, stash, celery, ...) name no baseline."""
-    found = re.findall(r"^([0-9a-f]+)\s+refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/\s]+)$", refs, re.MULTILINE)
+    Other refs of DVC below refs/exps (exec, stash, ...) name no baseline.
+    """
+    refs = try_git(folder, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps")
+    pattern = r"^([0-9a-f]+)\s+refs/exps/([0-9a-f]{2})/([0-9a-f]{38,})/([^/\s]+)$"
+    found = re.findall(pattern, refs, re.MULTILINE)
     return {(start + rest, name): commit for commit, start, rest, name in found}

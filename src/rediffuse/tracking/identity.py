@@ -1,4 +1,6 @@
-"""Which row results belong to: one per experiment of DVC, or per commit, parameters and changed code for a plain `dvc repro`."""
+"""Which row results belong to: one per DVC experiment, or per commit, parameters and changed code for a plain
+`dvc repro`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,27 @@ from typing import Any
 
 from rediffuse.tracking.git import GitError, experiment_ref, git_bytes, try_git
 
-# What results hang on besides parameters and data; the pipeline writes nothing there.
+# What results depend on besides parameters and data.  The pipeline writes nothing there.
 CODE = ("src", "stages", "dvc.yaml")
-# As `git apply` takes it, whatever the user's own settings of diff are.
-DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative", "--src-prefix=a/", "--dst-prefix=b/")
+# As `git apply` takes it, for any settings of the user's.
+DIFF = (
+    "diff",
+    "--binary",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-relative",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
 PASSWORD = re.compile(r"//[^/@\s]*@")  # and the user's name, in an address
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`key` finds the row, `name` is what MLflow shows, `tags` is what the row says about its origin.
+    """key: finds the row.  name: what MLflow shows.  tags: the origin.
 
-    code_diff: what the code differs from the commit in, as `git apply` takes it; empty if it does not.
+    code_diff: the difference of the code to the commit, as `git apply` takes it.
     """
 
     key: str
@@ -36,7 +47,9 @@ class Identity:
 
 
 def identify(root: Path, params: Mapping[str, Any]) -> Identity:
-    """The row of the stage that runs in the checkout `root`, from DVC's environment, git, and the flattened parameters."""
+    """Return the row of the stage that runs in the checkout, from DVC's environment, git, and the flattened
+    parameters.
+    """
     commit, diff = try_git(root, "rev-parse", "HEAD"), code_diff(root)
     baseline, experiment = os.environ.get("DVC_EXP_BASELINE_REV"), os.environ.get("DVC_EXP_NAME")
     if baseline and experiment:
@@ -47,8 +60,10 @@ def identify(root: Path, params: Mapping[str, Any]) -> Identity:
     return Identity(digest_of([commit, digest, changed]), name, _filled(tags), diff)
 
 
-def identify_experiment(root: Path, baseline: str, name: str, params: Mapping[str, Any], diff: bytes) -> Identity:
-    """The row of an experiment, found by (baseline revision, name): DVC keeps names apart only within a baseline."""
+def identify_experiment(
+    root: Path, baseline: str, name: str, params: Mapping[str, Any], diff: bytes
+) -> Identity:
+    """Return the row of an experiment, by (baseline, name): DVC keeps names unique only within a baseline."""
     tags = _origin(root, baseline, diff) | {
         "mlflow.source.name": "dvc exp run",
         "rediffuse.params": digest_of(params),
@@ -60,19 +75,21 @@ def identify_experiment(root: Path, baseline: str, name: str, params: Mapping[st
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line of 400 characters at most, without passwords."""
+    """Return an error in one line of at most 400 characters, without passwords."""
     return PASSWORD.sub("//", " ".join(f"{type(error).__name__}: {error}".split()))[:400]
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256 of JSON values."""
+    """Return the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def code_diff(root: Path) -> bytes:
-    """What the code of the checkout, tracked or new, differs from the commit in; nothing where there is no git or no commit."""
+    """Return the difference of the code, tracked or new, to the commit; empty where there is no git or no
+    commit.
+    """
     there = [path for path in CODE if (root / path).exists()]
-    with tempfile.TemporaryDirectory() as folder:  # an index of its own: the user's stays as it is
+    with tempfile.TemporaryDirectory() as folder:  # a separate index: the user's stays as it is
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         try_git(root, "read-tree", "HEAD", variables=index)
         try_git(root, "rm", "-r", "-q", "--cached", "--ignore-unmatch", "--", *CODE, variables=index)
@@ -82,7 +99,7 @@ def code_diff(root: Path) -> bytes:
 
 
 def code_diff_between(root: Path, commit: str, later: str) -> bytes:
-    """What the code of one commit differs from an earlier one in."""
+    """Return the difference of the code between two commits."""
     return _diff(root, commit, later)
 
 
@@ -100,7 +117,9 @@ def _origin(root: Path, commit: str, diff: bytes) -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
         "mlflow.source.git.branch": "" if branch == "HEAD" else branch,
-        "mlflow.source.git.repoURL": PASSWORD.sub("//", try_git(root, "config", "--get", "remote.origin.url")),
+        "mlflow.source.git.repoURL": PASSWORD.sub(
+            "//", try_git(root, "config", "--get", "remote.origin.url")
+        ),
         "git.dirty": str(bool(diff)).lower(),
     }
 

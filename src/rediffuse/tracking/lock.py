@@ -1,4 +1,7 @@
-"""dvc.lock: what each stage was run with, and DVC's hashes of what it read and wrote.  Read without importing DVC."""
+"""dvc.lock: what each stage was run with, and DVC's hashes of what it read and wrote.
+
+Read without importing DVC.
+"""
 
 from __future__ import annotations
 
@@ -10,52 +13,60 @@ from typing import Any
 
 from rediffuse.runtime.errors import UserError
 
-Entries = dict[str, dict[str, Any]]  # what a dvc.lock says of each stage
+Entries = dict[str, dict[str, Any]]  # stage -> what dvc.lock, or dvc.yaml, says of it
 
 
 def read_lock(content: bytes | None, name: str = "dvc.lock") -> Entries:
-    """The stages of a dvc.lock; one that is missing has none.  Raises UserError for one that is damaged."""
+    """Return the stages of a dvc.lock or dvc.yaml; a missing one has none.
+
+    Raises UserError for a damaged one.
+    """
     import yaml
 
     try:
         lock = yaml.load(content or b"", Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         return {stage: dict(entry) for stage, entry in lock.get("stages", {}).items()}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is damaged ({' '.join(str(error).split())}): take it from a backup, or run the experiment again") from None
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{name} is damaged ({why}): take it from a backup, or run the experiment again"
+        ) from None
 
 
-def lock_of(folder: Path) -> Entries:
-    """The stages of the dvc.lock in the folder."""
-    path = folder / "dvc.lock"
+def lock_of(folder: Path, name: str = "dvc.lock") -> Entries:
+    """Return the stages of the dvc.lock in the folder, or of its dvc.yaml."""
+    path = folder / name
     return read_lock(path.read_bytes() if path.is_file() else None, str(path))
 
 
 def hashes(entries: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
-    """{path: DVC's hash} of the `deps` or `outs` of a stage; None where dvc.lock says none."""
+    """Return {path: DVC's hash} of the `deps` or `outs` of a stage; None where dvc.lock has none."""
     return {entry["path"]: entry.get(entry.get("hash", "md5")) for entry in entries}
 
 
 def output_hashes(lock: Entries) -> dict[str, str | None]:
-    """DVC's hash of every output of every stage."""
+    """Return DVC's hash of every output of every stage."""
     return hashes(out for stage in lock.values() for out in stage.get("outs", ()))
 
 
 def unchanged(folder: Path, stage: str) -> bool:
-    """Whether the outputs of the stage, in the folder, are those that dvc.lock has for it already."""
+    """Return whether the outputs of the stage, in the folder, are those that dvc.lock has for it already."""
     outs = lock_of(folder).get(stage, {}).get("outs", [])
-    smallest_first = sorted(outs, key=lambda out: int(out.get("size", 0)))  # metrics differ as a rule, and are soon read
-    return bool(outs) and all(md5_of(folder / path) == md5 for path, md5 in hashes(smallest_first).items())
+    small_first = sorted(
+        outs, key=lambda out: int(out.get("size", 0))
+    )  # metrics are read fast and differ most often
+    return bool(outs) and all(md5_of(folder / path) == md5 for path, md5 in hashes(small_first).items())
 
 
 def md5_of(path: Path) -> str:
-    """DVC's hash of a file or folder; nothing if it is not there."""
+    """Return DVC's hash of a file or folder, "" if it is missing."""
     if path.is_dir():
         return directory_md5(path)
     return _file_md5(path) if path.is_file() else ""
 
 
 def directory_md5(folder: Path) -> str:
-    """DVC's hash of a folder: the MD5 of a JSON list of its files and their MD5s, and ".dir"."""
+    """Return DVC's hash of a folder: the MD5 of a JSON list of its files and their MD5s, and ".dir"."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     entries = [{"md5": _file_md5(folder / name), "relpath": name} for name in names]
     return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"

@@ -1,7 +1,9 @@
-"""The trained models of a row in MLflow's registry: rediffuse-vae and rediffuse-ddpm, ready for `mlflow models serve`.
+"""The trained models of a row in MLflow's registry: rediffuse-vae and rediffuse-ddpm, ready for `mlflow
+models serve`.
 
-A version belongs to the bytes of a model (DVC's md5) and the settings it is sampled with; rows that share both share a version.
-What is logged is self-contained: weights, settings, the script that answers requests (served.py) and a copy of the package.
+A version belongs to the bytes of a model (DVC's md5) and its sampling settings; rows that share both share a
+version.  What is logged is self-contained: weights, settings, the script that answers requests (served.py)
+and a copy of the package.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rediffuse
 from rediffuse.inference.card import CARD, COMMIT, ROW, USAGE, model_card
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as Row
 
-LOCK_SECONDS = 60.0  # as long as another process may take to register a model
-LIBRARIES = (
+LOCK_SECONDS = 60.0  # another process needs less to register a model
+# What serving imports.
+LIBRARIES = [
     "mlflow",
     "filelock",
     "numpy",
@@ -45,44 +48,65 @@ LIBRARIES = (
     "safetensors",
     "torch",
     "tqdm",
-)  # what serving imports
+]
 SCRIPT = "served.py"
-NOT_SERVED = ("cli.py", "commands", "evaluation", "figures", "sources", "tracking", "training", "__pycache__")  # of the package
-MODEL_VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's pages find the versions of a logged model
+NOT_SERVED = [
+    "cli.py",
+    "commands",
+    "evaluation",
+    "figures",
+    "sources",
+    "tracking",
+    "training",
+    "__pycache__",
+]  # of the package
+MODEL_ID = "rediffuse.model_id"  # tag of a version: MLflow's SQL store forgets the logged model of a version
+MODEL_VERSIONS = "mlflow.modelVersions"  # tag by which MLflow's pages find the versions of a logged model
+
+
+class Version(NamedTuple):
+    """A version, such as models:/rediffuse-ddpm/3, and MLflow's id of the logged model, "" if unknown."""
+
+    address: str
+    model_id: str
 
 
 def registered_name(kind: str) -> str:
-    """The name in MLflow's registry."""
+    """Return the name in MLflow's registry."""
     return f"rediffuse-{kind}"
 
 
 def open_registry() -> tuple[MlflowClient, str]:
-    """A client of the store of the checkout, or of the one that MLFLOW_TRACKING_URI names, and its address.
+    """Return a client of the store of the checkout, or of the one that MLFLOW_TRACKING_URI names, and its
+    address.
 
-    Raises UserError outside a checkout, unless MLFLOW_TRACKING_URI names a server, and where there is no store yet.
+    Raises UserError outside a checkout, unless MLFLOW_TRACKING_URI names a server, and where there is no
+    store yet.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith(("http://", "https://")):
         uri = tracking_uri(repository_root())
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"there is no MLflow store yet ({uri}): `dvc repro` makes one")  # opening it would make an empty one
+        raise UserError(
+            f"there is no MLflow store yet ({uri}): `dvc repro` makes one"
+        )  # opening would make an empty one
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return connect(uri), uri
 
 
-def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]:
-    """Register the models of the checkout, as the row's: {"ddpm": "models:/rediffuse-ddpm/3"}.
+def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[Kind, Version]:
+    """Register the models of the checkout as the row's.
 
-    A model counts if dvc.lock names it and the files in data/models are the ones it names.  One that is registered already, with
-    these settings of sampling, is not logged again.  The model is not run.
-    Raises what MLflow, its store or the file system raise, UserError for wrong parameters, and filelock's Timeout.
+    A model counts if the files in data/models are those that dvc.lock names.  One that is registered already,
+    with these sampling settings, is not logged again.  The model is not run.  Raises what MLflow, its store
+    or the file system raise, UserError for wrong parameters, and filelock's Timeout.
     """
     from filelock import FileLock
 
     params = load_params(checkout / "params.yaml")
     lock = Path(os.environ.get("DVC_ROOT") or checkout) / ".dvc" / "tmp" / "rediffuse-models.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, str] = {}
+    found: dict[Kind, Version] = {}
     with FileLock(lock, timeout=LOCK_SECONDS):  # two experiments that share a model may end at the same time
         locked = output_hashes(lock_of(checkout))
         for kind in KINDS:
@@ -91,16 +115,19 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[str, str]
             if md5 and folder.is_dir() and directory_md5(folder) == md5:
                 files = model_files(kind, folder, sampling_settings(params, kind), checkout)
                 tags = {COMMIT: "mlflow.source.git.commit", "repository": "mlflow.source.git.repoURL"}
-                origin = {name: row.data.tags[tag] for name, tag in tags.items() if row.data.tags.get(tag)} | {ROW: row.info.run_id}
-                files[CARD] = card_of(kind, folder, checkout, origin).encode()
-                found[kind] = _register(client, row, kind, md5, files)
+                origin = {name: row.data.tags[tag] for name, tag in tags.items() if row.data.tags.get(tag)}
+                card = card_of(kind, folder, checkout, origin | {ROW: row.info.run_id})
+                found[kind] = _register(client, row, kind, md5, files | {CARD: card.encode()})
     return found
 
 
 def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
-    """The files that a model is packed as, by their paths: those of its folder, how it is sampled, and a fitted prior."""
+    """Return the files that a model is packed as, by their paths: its folder, its sampling settings, a fitted
+    prior.
+    """
     names = [name.strip() for name in read_config(folder).get("class_names", [])]
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     files[SAMPLING] = pack_settings(kind, settings, names)
     if settings.get("prior") == "mixture":
         files[PRIOR] = (checkout / SAMPLES / "vae" / PRIOR).read_bytes()
@@ -108,9 +135,10 @@ def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Pa
 
 
 def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], usage: str = USAGE) -> str:
-    """The model card of a model of the checkout.  It claims what dvc.lock says of these very bytes, and of the rest that it is not known.
+    """Return the model card of a model of the checkout.
 
-    So neither parameters that were edited since, nor the scores of an earlier model, can get into it.
+    It claims what dvc.lock says of these bytes, and of the rest that it is not known: parameters that were
+    edited later, or scores of an earlier model, cannot get into it.
     """
     stages = lock_of(checkout)
     model, samples, report = f"{MODELS}/{kind}", f"{SAMPLES}/{kind}", f"metrics/evaluation/{kind}.json"
@@ -137,65 +165,66 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
         settings=sampling_settings(load_params(checkout / "params.yaml"), kind),
         manifest=read(f"{PIXELS}/manifest.json", on_these_data),
         record=read(report, drawn and seen and scores),
-        parameters=(params_of("prepare") if on_these_data else {}) | params_of("train_" + kind) if trained else None,
+        parameters=(params_of("prepare") if on_these_data else {}) | params_of("train_" + kind)
+        if trained
+        else None,
         origin={"DVC's hash of the model": md5} | origin,
         usage=usage,
     )
 
 
-def _register(client: MlflowClient, row: Row, kind: Kind, md5: str, files: dict[str, bytes]) -> str:
-    """The address of the version of this content, which is made if there is none."""
+def _register(client: MlflowClient, row: Row, kind: Kind, md5: str, files: dict[str, bytes]) -> Version:
+    """Return the version of this content, which is made if there is none."""
+    from mlflow.exceptions import MlflowException
+
     name = registered_name(kind)
     settings = hashlib.sha256(files[SAMPLING] + files.get(PRIOR, b"")).hexdigest()
     same = f"name = '{name}' and tags.`dvc.md5` = '{md5}' and tags.`rediffuse.settings` = '{settings}'"
     if there := client.search_model_versions(same):
-        return f"models:/{name}/{min(int(version.version) for version in there)}"
+        first = min(there, key=lambda version: int(version.version))
+        return Version(f"models:/{name}/{first.version}", first.tags.get(MODEL_ID, ""))
     model = _log(client, row, kind, files)
-    _ensure_registered_model(client, name)
+    with suppress(MlflowException):  # it is there already; if the store fails, the next request says so
+        client.create_registered_model(name)
     # By its place: for models:/ID a store without a server would ask the process's global store.
     version = client.create_model_version(
         name,
         model.artifact_location,
         run_id=row.info.run_id,
         model_id=model.model_id,
-        tags={"dvc.md5": md5, "rediffuse.settings": settings},
+        tags={"dvc.md5": md5, "rediffuse.settings": settings, MODEL_ID: model.model_id},
         await_creation_for=0,
     )
-    client.set_logged_model_tags(model.model_id, {MODEL_VERSIONS: json.dumps([{"name": name, "version": int(version.version)}])})
-    return f"models:/{name}/{version.version}"
-
-
-def _ensure_registered_model(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    link = json.dumps([{"name": name, "version": int(version.version)}])
+    client.set_logged_model_tags(model.model_id, {MODEL_VERSIONS: link})
+    return Version(f"models:/{name}/{version.version}", model.model_id)
 
 
 def _log(client: MlflowClient, row: Row, kind: Kind, files: dict[str, bytes]) -> Any:
-    """The model as MLflow's LoggedModel of the row.  The fluent mlflow.pyfunc.log_model needs global state, and runs the model."""
-    from mlflow.entities import LoggedModelOutput
+    """Log the model as MLflow's LoggedModel.
+
+    The fluent mlflow.pyfunc.log_model needs global state, and runs the model.
+    """
     from mlflow.entities.logged_model_status import LoggedModelStatus
 
-    model = client.create_logged_model(row.info.experiment_id, name=kind, source_run_id=row.info.run_id, params=row.data.params)
+    experiment, run = row.info.experiment_id, row.info.run_id
+    model = client.create_logged_model(experiment, name=kind, source_run_id=run, params=row.data.params)
     status = LoggedModelStatus.FAILED
     try:
         with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder:
             packed = Path(folder, "model")
-            _pack(packed, files, artifact_path=model.artifact_location, model_id=model.model_id, run_id=row.info.run_id)
+            _pack(packed, files, artifact_path=model.artifact_location, model_id=model.model_id, run_id=run)
             client.log_model_artifacts(model.model_id, str(packed))
         status = LoggedModelStatus.READY
     finally:
         client.finalize_logged_model(model.model_id, status)
-    client.log_outputs(row.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     return model
 
 
 def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
-    """Write a folder that MLflow can load and serve anywhere: files, script, package, signature, example, requirements."""
+    """Write a folder that MLflow can load and serve anywhere: files, script, package, signature, example,
+    requirements.
+    """
     import mlflow.pyfunc
     import pandas as pd  # type: ignore[import-untyped]
     from mlflow.models import Model, ModelSignature
@@ -203,16 +232,24 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
 
     names = json.loads(files[SAMPLING])["class_names"]
     example = {"n": 4, "label": names[-1], "seed": 1} if names else {"n": 4, "seed": 1}
-    inputs = Schema([ColSpec("long", "n"), ColSpec("string", "label", required=False), ColSpec("long", "seed")])
-    outputs = Schema([ColSpec("string", "label", required=False), ColSpec("string", "png")])
+    label = ColSpec("string", "label", required=False)
+    inputs, outputs = (
+        Schema([ColSpec("long", "n"), label, ColSpec("long", "seed")]),
+        Schema([label, ColSpec("string", "png")]),
+    )
     with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder, _quiet():
-        # MLmodel keeps the places that things were taken from: none of this machine, therefore copies.
-        package, artifacts, script = Path(folder, "rediffuse"), Path(folder, "artifacts"), Path(folder, SCRIPT)
-        shutil.copytree(Path(rediffuse.__file__).parent, package, ignore=shutil.ignore_patterns(*NOT_SERVED))
-        shutil.copyfile(Path(rediffuse.__file__).parent / "inference" / SCRIPT, script)
-        artifacts.mkdir()
+        # MLmodel records the places that things were taken from, so everything is copied to places without a
+        # meaning.
+        package, artifacts, script = (
+            Path(folder, "rediffuse"),
+            Path(folder, "artifacts"),
+            Path(folder, SCRIPT),
+        )
+        source = Path(rediffuse.__file__).parent
+        shutil.copytree(source, package, ignore=shutil.ignore_patterns(*NOT_SERVED))
+        shutil.copyfile(source / "inference" / SCRIPT, script)
         for name, content in files.items():
-            (artifacts / name).parent.mkdir(exist_ok=True)
+            (artifacts / name).parent.mkdir(parents=True, exist_ok=True)
             (artifacts / name).write_bytes(content)
         mlflow.pyfunc.save_model(
             target,
@@ -229,7 +266,7 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow tells what it does; only warnings are let through."""
+    """Let only warnings of MLflow through."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logger = logging.getLogger("mlflow")
     level = logger.level

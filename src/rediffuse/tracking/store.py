@@ -1,10 +1,12 @@
-"""Where rows are kept: an MLflow tracking server, or SQLite under the root of the repository."""
+"""Where rows are kept: an MLflow tracking server, or SQLite below the root of the repository."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +17,24 @@ if TYPE_CHECKING:
     from filelock import FileLock
     from mlflow import MlflowClient
 
-EXPERIMENT = "rediffuse"  # MLflow's name for the table that all rows of this project stand in
-LOCK_SECONDS = 180.0  # as long as others may take to make the store (5 s of work, once, on a machine that is perhaps busy) and rows
+EXPERIMENT = "rediffuse"  # MLflow's name for the table of rows
+LOCK_SECONDS = 180.0  # making the store takes 5 s, once, and longer on a busy machine
+DATABASE = ".mlflow/mlflow.db"
+# Columns in which MLflow 3.17 keeps absolute addresses of artifacts.
+ADDRESSES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
 
 
 def repository_root() -> Path:
-    """The root of the repository, also from the temporary workspace of `dvc exp run --temp` or `--queue`.
+    """Return the root of the repository, also in the temporary workspace of `dvc exp run --temp` or
+    `--queue`.
 
-    There the nearest .dvc is that of the workspace, which is deleted afterwards: DVC names the parent in DVC_ROOT.
+    There the nearest .dvc is that of the workspace, which is deleted afterwards: DVC names the parent in
+    DVC_ROOT.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root).resolve()
@@ -30,32 +42,39 @@ def repository_root() -> Path:
 
 
 def checkout_root() -> Path:
-    """The nearest folder at or above the working directory that holds .dvc.  Raises UserError if there is none."""
+    """Return the nearest folder at or above the working directory that holds .dvc.
+
+    Raises UserError if there is none.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / ".dvc").is_dir():
             return folder
-    raise UserError(f"no .dvc in {here} or above it: not inside a DVC repository; change into the checkout of rediffuse")
+    raise UserError(
+        f"no .dvc in {here} or above it: not inside a DVC repository; change into the checkout of rediffuse"
+    )
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI if set to an address that means the same from every working directory, else SQLite under root."""
-    default = f"sqlite:///{root}/.mlflow/mlflow.db"
+    """Return MLFLOW_TRACKING_URI if it means the same in every working directory, else SQLite below root."""
+    default = f"sqlite:///{root}/{DATABASE}"
     chosen = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not chosen:
         return default
     scheme, _, place = chosen.partition("://")
     if not place or (scheme == "sqlite" and not place.startswith("//")):
         warn(
-            f"MLFLOW_TRACKING_URI={chosen} is relative to the working directory and ignored; give an address (http://...,"
-            f" postgresql://...) or an absolute path (sqlite:////...). This row goes to {default}"
+            f"MLFLOW_TRACKING_URI={chosen} is relative to the working directory and ignored; give an address"
+            f" (http://..., postgresql://...) or an absolute path (sqlite:////...). The row goes to {default}"
         )
         return default
     return chosen
 
 
 def row_lock(root: Path) -> FileLock:
-    """The lock under which the store, the experiment and a row are found or made, one for all processes of a repository."""
+    """Return the lock, one for all processes of a repository, under which the store, the experiment and rows
+    are made.
+    """
     from filelock import FileLock
 
     path = root / ".dvc" / "tmp" / "rediffuse-row.lock"
@@ -64,7 +83,10 @@ def row_lock(root: Path) -> FileLock:
 
 
 def import_mlflow() -> None:
-    """Import MLflow, set to tell nobody what is run here and to fail within seconds where it would try for minutes.  Takes 1.4 s."""
+    """Import MLflow without telemetry, and so that it fails within seconds instead of minutes.
+
+    Takes 1.4 s.
+    """
     # A stage must not wait long for a server that is down: MLflow's own defaults are 7 retries of 120 s.
     for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "4", "BACKOFF_FACTOR": "1"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
@@ -74,44 +96,70 @@ def import_mlflow() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow.store.db.utils
 
-    mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # the default of 10 waits 101 s for a database that cannot be opened
-    for noisy in (
-        "mlflow.store.db.utils",
-        "mlflow.system_metrics",
-        "urllib3.connectionpool",
-    ):  # they tell each retry
+    mlflow.store.db.utils.MAX_RETRY_COUNT = (
+        3  # the default of 10 waits 101 s for a database that cannot be opened
+    )
+    # They report each retry; we report the outcome.
+    for noisy in ("mlflow.store.db.utils", "mlflow.system_metrics", "urllib3.connectionpool"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the store.  Opening one takes 0.5 s, creating one some seconds, once."""
+    """Return a client of the store.  Opening one takes 0.5 s, creating one some seconds, once."""
     import_mlflow()
     from mlflow import MlflowClient
 
+    _follow_checkout(uri)
     return MlflowClient(tracking_uri=uri)
 
 
 def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
-    """The id of MLflow's experiment "rediffuse", made if it is missing.  Call it under the lock of the row.
+    """Return the id of MLflow's experiment "rediffuse", which is made if it is missing.
 
-    A server decides itself where artifacts go.  For a database the place is given: MLflow's default is ./mlruns of whichever
-    working directory came first, which may be a temporary workspace.
+    Call it under the row lock.
+
+    A server decides itself where artifacts go.  For a database the place is given: MLflow's default is
+    ./mlruns of the first working directory, which may be a temporary workspace.
     """
     from mlflow.exceptions import MlflowException
 
     if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
         local = uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
         location = (root / ".mlflow" / "artifacts").as_uri() if local else None
-        # MLflow's pages open in their view of language models, whatever kind the tag says, until "Model training" is chosen (3.17).
+        # MLflow 3.17 opens its pages in the view of language models until "Model training" is chosen,
+        # whatever the kind.
         tags = {TAG: view_of(), "mlflow.experimentKind": "custom_model_development"}
         try:
             return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
-        except MlflowException:  # another checkout, which shares the store and not the lock, may just have made it
+        except MlflowException:
+            # Another checkout, which shares the store but not the lock, may just have made it.
             if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
                 raise
     return str(found.experiment_id)
 
 
+def _follow_checkout(uri: str) -> None:
+    """Let the store of a checkout that was moved find its artifacts: MLflow keeps absolute addresses, with no
+    call to change them.
+    """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not uri.endswith(f"/{DATABASE}") or not database.is_file():
+        return
+    new = (database.parent / "artifacts").as_uri()
+    query = "SELECT artifact_location FROM experiments WHERE name = ?"
+    try:
+        with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection, connection:
+            old = (connection.execute(query, [EXPERIMENT]).fetchone() or [new])[0]
+            for table, columns in ADDRESSES.items() if old != new else ():
+                for name in columns:
+                    move = (
+                        f"UPDATE {table} SET {name} = ? || substr({name}, ?) WHERE substr({name}, 1, ?) = ?"
+                    )
+                    connection.execute(move, [new, len(old) + 1, len(old), old])
+    except sqlite3.Error:  # no tables yet, or a damaged file: MLflow makes them, or says what is wrong
+        return
+
+
 def warn(text: str) -> None:
-    """One line on stderr, below a progress bar that may stand there."""
+    """Print one line on stderr, below a progress bar that may be there."""
     print(f"\nrediffuse: {text}", file=sys.stderr, flush=True)

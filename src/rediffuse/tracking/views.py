@@ -1,9 +1,10 @@
-"""The page that compares rows: a saved view of MLflow (3.17 or newer), kept as a tag of the experiment, so that it can be linked.
+"""The page that compares rows: a saved view of MLflow (3.17 or newer), kept as a tag of the experiment, so
+that it has an address.
 
-MLflow's own "Compare" shows no pictures, and its charts give every number a card of its own, with all parameters above each picture.
-This view shows the parameters that differ, the headline scores, and the pictures of all rows side by side.  It stands in the menu
-"Views" and at ADDRESS; what it does not name stays below, folded up or in sections that MLflow adds.  Which scores there are depends on
-the instruments that measured the rows, so the view is written again when a row brings another.
+MLflow's own "Compare" shows no pictures, and its charts give every number a card of its own.  This view shows
+the parameters that differ, the main scores, and the pictures of all rows side by side; the rest is folded
+below.  It is in the menu "Views" and at ADDRESS.  The scores depend on the instruments of the rows, so the
+view is written again when a row has another instrument.
 """
 
 from __future__ import annotations
@@ -20,37 +21,56 @@ if TYPE_CHECKING:
 
 KEY, NAME = "compare", "Compare"
 TAG = f"mlflow.sharedViewState.{KEY}"
-ADDRESS = "{server}/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=" + KEY
+PRIMARY = "mlflow.experiment.primaryMetric.name"
+PRIMARY_GREATER = "mlflow.experiment.primaryMetric.greaterIsBetter"
+OUR_PRIMARY = "rediffuse.primaryMetric"  # the last one that we set
+ADDRESS = (
+    "{server}/#/experiments/{experiment}/runs"
+    f"?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={KEY}"
+)
 MODELS = KINDS[::-1]
-MOST = 4  # instruments that are shown, those of the latest rows: MLflow takes 20,000 characters for a tag of an experiment
-LATEST = 100  # rows that are looked through for instruments
+# Instruments shown, those of the latest rows: MLflow takes 20,000 characters for a tag of an experiment.
+MOST = 4
+LATEST = 100  # rows that are searched for instruments
 SCORE = re.compile(rf"({'|'.join(MODELS)})/([^/]+)/(fd|fid|precision|recall)")
 CURVES = ["ddpm/loss", "vae/elbo"]
 SAMPLES = ["ddpm/samples", "vae/samples"]
+TRAINING = ["ddpm/training", "vae/training"]  # with a step for each validation
 PICTURES = [
     *("ddpm/denoising", "vae/reconstructions", "vae/interpolation", "vae/latent"),
     *("ddpm/scores", "vae/scores", "ddpm/classes", "vae/classes", "ddpm/neighbours", "vae/neighbours"),
 ]
 PARAMS = ("seed", "ddpm.T", "ddpm.schedule", "sample.ddpm.sampler", "sample.ddpm.steps", "vae.latent_dim")
-# Where MLflow puts numbers that no card here shows: everything before the last "/".
+# The sections in which MLflow puts other numbers: the part of their names before the last "/".
 FOLDED = [
     *("ddpm", "vae", "reference", "train_ddpm", "train_vae", "seconds"),
     *("train_ddpm/validation", "train_vae/test", "train_vae/train", "Model metrics", "System metrics"),
 ]
 
 
-def update_view(client: MlflowClient, experiment: str) -> bool:
-    """Write the view for the instruments of the latest rows, unless the user has saved another over it; whether that changed it."""
+def update_experiment(client: MlflowClient, experiment: str) -> None:
+    """Let the experiment's view and primary metric follow the instruments of the latest rows.
+
+    A view that the user has saved over ours stays, and so does a primary metric that the user has chosen.
+    """
     rows = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=LATEST)
-    view, there = view_of([row.data.metrics for row in rows]), client.get_experiment(experiment).tags.get(TAG)
-    if view == there or (there is not None and not _is_ours(there)):
-        return False
-    client.set_experiment_tag(experiment, TAG, view)
-    return True
+    names, tags = [row.data.metrics for row in rows], client.get_experiment(experiment).tags
+    view = view_of(names)
+    if view != tags.get(TAG) and (TAG not in tags or _is_ours(tags[TAG])):
+        client.set_experiment_tag(experiment, TAG, view)
+    distances = [name for name in scores_of(names) if name.endswith(("/fd", "/fid"))]
+    ours = tags.get(PRIMARY) == tags.get(OUR_PRIMARY)  # nobody has chosen another
+    if distances and distances[0] != tags.get(PRIMARY) and ours:
+        for tag, value in {
+            PRIMARY: distances[0],
+            OUR_PRIMARY: distances[0],
+            PRIMARY_GREATER: "False",
+        }.items():
+            client.set_experiment_tag(experiment, tag, value)
 
 
 def _is_ours(view: str) -> bool:
-    """Whether nobody has saved this view in MLflow's pages, which write down when."""
+    """Return whether nobody has saved this view in MLflow's pages, which record when."""
     try:
         saved = json.loads(view)
         return bool(saved["name"] == NAME and saved["updatedAt"] == 0)
@@ -59,9 +79,10 @@ def _is_ours(view: str) -> bool:
 
 
 def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
-    """The scores to show of rows, the latest first, given as names of metrics; those of an instrument, and then of a model, stand together.
+    """Return the metrics to show as scores, grouped by instrument, then by model.
 
-    The instrument with most scores is the headline of its row, so it comes first.
+    rows: names of metrics, the latest row first.  The instrument with most scores is the main one of its row
+    and comes first.
     """
     found: dict[str, dict[str, None]] = {}  # instrument -> its scores
     for names in rows:
@@ -75,10 +96,10 @@ def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
-    """The view, as MLflow keeps it in a tag of the experiment; rows: the names of their metrics, the latest row first."""
+    """Return the view as MLflow keeps it in a tag.  rows: names of metrics, the latest row first."""
     scores = scores_of(rows)
     instruments = dict.fromkeys(score.split("/")[1] for score in scores)
-    folded = [*FOLDED, *(f"{owner}/{instrument}" for instrument in instruments for owner in (*MODELS, "reference"))]
+    folded = [*FOLDED, *(f"{owner}/{id}" for id in instruments for owner in (*MODELS, "reference"))]
     columns = [  # of the table
         *("attributes.`Models`", "tags.`rebuild.verdict`"),
         *(f"metrics.`{name}`" for name in scores if not name.endswith("/precision")),
@@ -90,16 +111,28 @@ def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
         _section("Samples", 1, 700),
         _section("More pictures", 1, 700),
         _section("Curves", 2, 360),
+        _section("Training", 2, 360),
         *(_section(name, 3, 360, display=False) for name in folded),
     ]
-    differences = {"compareGroups": ["Parameters"], "chartName": "Parameters that differ", "showDifferencesOnly": True}
+    differ = {
+        "chartName": "Parameters that differ",
+        "compareGroups": ["Parameters"],
+        "showDifferencesOnly": True,
+    }
+    differ |= {"showChangeFromBaseline": False, "baselineColumnUuid": ""}
+    # Several pictures in one card are shown as a table, a column for each row of the experiment; a single one
+    # is not.
+    pictures = {"Samples": [SAMPLES], "More pictures": [PICTURES], "Training": [[key] for key in TRAINING]}
+    line = {"xAxisKey": "step", "range": {}}
     charts = [
-        _chart("Parameters that differ", "DIFFERENCE", **differences, showChangeFromBaseline=False, baselineColumnUuid=""),
+        _chart("Parameters that differ", "DIFFERENCE", **differ),
         *(_chart("Scores", "BAR", metricKey=name) for name in scores),
-        # Several pictures in one card stand in a table, a column for each row of the experiment; one alone does not.
-        _chart("Samples", "IMAGE", imageKeys=SAMPLES, step=0, showRunParams=False),
-        _chart("More pictures", "IMAGE", imageKeys=PICTURES, step=0, showRunParams=False),
-        *(_chart("Curves", "LINE", metricKey=name, selectedMetricKeys=[name], xAxisKey="step", range={}) for name in CURVES),
+        *(
+            _chart(section, "IMAGE", imageKeys=keys, step=0, showRunParams=False)
+            for section, cards in pictures.items()
+            for keys in cards
+        ),
+        *(_chart("Curves", "LINE", metricKey=name, selectedMetricKeys=[name], **line) for name in CURVES),
     ]
     state = {
         "searchFilter": "tags.`rediffuse.superseded` = 'false'",
@@ -121,8 +154,10 @@ def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
 
 
 def _section(name: str, columns: int, height: int, display: bool = True) -> dict[str, Any]:
-    return {"uuid": name, "name": name, "display": display, "columns": columns, "cardHeight": height, "isReordered": True}
+    shape = {"columns": columns, "cardHeight": height, "isReordered": True}
+    return {"uuid": name, "name": name, "display": display, **shape}
 
 
 def _chart(section: str, kind: str, **settings: Any) -> dict[str, Any]:
-    return {"type": kind, "metricSectionId": section, "runsCountToCompare": 10, "deleted": False, "isGenerated": False, **settings}
+    common = {"runsCountToCompare": 10, "deleted": False, "isGenerated": False}
+    return {"type": kind, "metricSectionId": section, **common, **settings}

@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of the weights, its memory counted in images."""
+"""The exponential moving average (EMA) of the weights, with a half-life in images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WARMUP = 0.1  # the half-life is at most this share of the images seen, so that the first weights are soon forgotten
+WARMUP = 0.1  # the half-life is at most this share of the images seen, so that the first weights soon vanish
 
 
 class Average(Generic[Model]):
-    """A copy of the model whose parameters follow the trained ones; its buffers are copied, never averaged.
+    """A copy of the model whose parameters follow the trained ones.  Buffers are copied, never averaged.
 
-    half_life: images after which a weight counts half (Karras et al. 2022, appendix F.2, ramp it up likewise); 0: no averaging.
+    half_life: images after which a weight counts half, ramped up as in Karras et al. 2022, app. F.2; 0: no
+    average.
     """
 
     def __init__(self, model: Model, half_life: int) -> None:
@@ -27,9 +28,10 @@ class Average(Generic[Model]):
     def update(self, model: Model, *, seen: int, batch: int) -> None:
         """Move towards the model after a step of `batch` images, `seen` in all."""
         half_life = min(self.half_life, WARMUP * seen)
-        first = seen == batch  # there is nothing yet to be kept
+        first = seen == batch  # there is no average to keep yet
         weight = 1 - 0.5 ** (batch / half_life) if half_life and not first else 1.0
-        # Not torch's AveragedModel: it keeps its count on the CPU and sends it to the GPU at each step, which waits for it.
+        # Not torch's AveragedModel: its count is on the CPU and goes to the GPU at each step, which waits for
+        # it.
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
         for kept, current in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(current)

@@ -1,4 +1,4 @@
-"""Training curves as CSV: one row for each logged point, `images` (seen so far) first.  DVC's templates draw them."""
+"""Training curves as CSV for DVC's plots: one row for each logged point, `images` (seen so far) first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, float]
 
 @dataclass
 class Curves:
-    """What training measured: rows of `images` seen and one value a column."""
+    """What training measured: rows of `images` seen and one value per column."""
 
     training: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
@@ -26,10 +26,11 @@ def write_curves(folder: Path, curves: Curves) -> None:
 
 
 def write_curve(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, each with `images`; a value that a row lacks is left empty.
+    """Write the rows, each with `images`.  Columns are in order of appearance; a missing value is left empty.
 
-    Columns stand in the order in which they first appear.  Numbers are written so that they read back exactly.
+    Numbers read back exactly.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row if column != "images"))
-    table = ([int(row["images"]), *(repr(float(row[name])) if name in row else "" for name in columns)] for row in rows)
+    values = [[repr(float(row[name])) if name in row else "" for name in columns] for row in rows]
+    table = ([int(row["images"]), *cells] for row, cells in zip(rows, values, strict=True))
     write_csv(path, ["images", *columns], table)

@@ -1,4 +1,4 @@
 """The variational autoencoder: model, objective, prior, training step, and its latents as a space for a DDPM.
 
-Must not know params.yaml, DVC or MLflow.
+It does not know params.yaml, DVC or MLflow.
 """

@@ -1,4 +1,4 @@
-"""The VAE as a task for the trainer: the training step, and what is measured in validation and at the end."""
+"""The VAE as a task for the trainer: the training step, the validation, and the final measures."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from rediffuse.images.pixels import to_unit
 from rediffuse.runtime.processes import mean_of_processes, my_share, total
+from rediffuse.vae import objective
 from rediffuse.vae.model import VAE
-from rediffuse.vae.objective import active_units, bits_per_dim, elbo, importance_weighted_bound, kl_weight, training_loss
+from rediffuse.vae.objective import elbo, kl_weight, training_loss
 from rediffuse.vae.prior import CHUNK, in_chunks, posterior_means
 
-Split = tuple[Tensor, Tensor | None]  # images and their labels, if there are any
+Split = tuple[Tensor, Tensor | None]  # images, and labels if there are any
 
-IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # of the importance-weighted bound: K, and the images it is taken on
+IWAE_SAMPLES, IWAE_IMAGES = 100, 1000  # K of the importance-weighted bound, and the images it is measured on
 
 
 @dataclass(frozen=True)
 class VAEStep:
-    """The loss of one batch: reconstruction + weighted KL, in nats per image; logs both terms and the ELBO with weight 1.
+    """The loss of one batch: reconstruction + weighted KL, in nats per image.
 
-    beta, kl_warmup, free_bits: see `kl_weight` and `training_loss`.
+    Logs both terms and the ELBO with weight 1.  For the settings see `kl_weight` and `training_loss`.
     """
 
     beta: float
@@ -40,7 +41,7 @@ class VAEStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         terms = elbo(model, to_unit(images), noise["eps"].to(images.device), labels)
         weight = kl_weight(seen, beta=self.beta, warmup=self.kl_warmup)
-        # Without free bits there is nothing to agree on: a KL is below 0 by rounding at most.
+        # Without free bits processes need not agree: a KL is below 0 by rounding at most.
         mean_of_all = mean_of_processes if self.free_bits else lambda kl: kl
         loss = training_loss(terms, kl_weight=weight, free_bits=self.free_bits, mean_of_all=mean_of_all)
         measures = {"elbo": terms.total, "reconstruction": terms.reconstruction, "kl": terms.kl.sum(1)}
@@ -50,13 +51,14 @@ class VAEStep:
 
 @torch.no_grad()
 def measure(vae: VAE, images: Tensor, labels: Tensor | None = None, *, seed: int) -> dict[str, float]:
-    """Negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the same noise at each call.
+    """Return negative ELBO, reconstruction and KL in nats per image, with KL weight 1 and the seed's noise.
 
-    images: uint8 (N, C, H, W).  Evaluated in float32 whatever the precision of training.  Shared among the processes, all of which
-    get the same.
+    images: uint8 (N, C, H, W).  Always in float32.  The processes share the work, and all get the same
+    result.
     """
     generator = torch.Generator().manual_seed(seed)
-    reconstruction, kl = torch.zeros(len(images), device=images.device), torch.zeros(len(images), vae.latent_dim, device=images.device)
+    reconstruction = torch.zeros(len(images), device=images.device)
+    kl = torch.zeros(len(images), vae.latent_dim, device=images.device)
     chunks = in_chunks(images, labels)
     for i, (x, y) in enumerate(chunks):
         eps = torch.randn(len(x), vae.latent_dim, generator=generator).to(x.device)
@@ -69,19 +71,21 @@ def measure(vae: VAE, images: Tensor, labels: Tensor | None = None, *, seed: int
 
 @torch.no_grad()
 def final_measures(vae: VAE, train: Split, test: Split, *, seed: int) -> dict[str, Any]:
-    """What metrics/train_vae.json holds.  train, test: uint8 images and labels; train is measured on as many as there are in test.
+    """Return the content of metrics/train_vae.json.  All processes must call it: they share part of the work.
 
-    Partly shared among the processes, so that all of them must call it.
+    train, test: uint8 images and labels.  Of train, as many images are measured as test has.
     """
     generator = torch.Generator().manual_seed(seed)
-    subset = in_chunks(*_first(test, IWAE_IMAGES))
-    bounds = [importance_weighted_bound(vae, to_unit(x), y, k=IWAE_SAMPLES, generator=generator) for x, y in subset]
+    bounds = [
+        objective.importance_weighted_bound(vae, to_unit(x), y, k=IWAE_SAMPLES, generator=generator)
+        for x, y in in_chunks(*_first(test, IWAE_IMAGES))
+    ]
     on_test, on_train = measure(vae, *test, seed=seed), measure(vae, *_first(train, len(test[0])), seed=seed)
     report: dict[str, Any] = {
-        "test": on_test | {"bits_per_dim": bits_per_dim(vae, on_test["elbo"])},
+        "test": on_test | {"bits_per_dim": objective.bits_per_dim(vae, on_test["elbo"])},
         "train": {"elbo": on_train["elbo"]},
         f"iwae_{IWAE_SAMPLES}": torch.cat(bounds).double().mean().item(),
-        "active_units": active_units(posterior_means(vae, *test)),
+        "active_units": objective.active_units(posterior_means(vae, *test)),
     }
     if vae.likelihood == "gaussian":
         report["sigma"] = vae.sigma().item()
