@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rediffuse.runtime.kinds import KINDS
@@ -35,7 +35,6 @@ LATEST = 100  # rows that are searched for instruments
 SCORE = re.compile(rf"({'|'.join(MODELS)})/([^/]+)/(fd|fid|precision|recall)")
 CURVES = ["ddpm/loss", "vae/elbo"]
 SAMPLES = ["ddpm/samples", "vae/samples"]
-TRAINING = ["ddpm/training", "vae/training"]  # with a step for each validation
 PICTURES = [
     *("ddpm/denoising", "vae/reconstructions", "vae/interpolation", "vae/latent"),
     *("ddpm/scores", "vae/scores", "ddpm/classes", "vae/classes", "ddpm/neighbours", "vae/neighbours"),
@@ -55,17 +54,14 @@ def update_experiment(client: MlflowClient, experiment: str) -> None:
     """
     rows = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=LATEST)
     names, tags = [row.data.metrics for row in rows], client.get_experiment(experiment).tags
-    view = view_of(names)
+    view = view_of(names, rows[0].data.params if rows else {})
     if view != tags.get(TAG) and (TAG not in tags or _is_ours(tags[TAG])):
         client.set_experiment_tag(experiment, TAG, view)
     distances = [name for name in scores_of(names) if name.endswith(("/fd", "/fid"))]
     ours = tags.get(PRIMARY) == tags.get(OUR_PRIMARY)  # nobody has chosen another
     if distances and distances[0] != tags.get(PRIMARY) and ours:
-        for tag, value in {
-            PRIMARY: distances[0],
-            OUR_PRIMARY: distances[0],
-            PRIMARY_GREATER: "False",
-        }.items():
+        chosen = {PRIMARY: distances[0], OUR_PRIMARY: distances[0], PRIMARY_GREATER: "False"}
+        for tag, value in chosen.items():
             client.set_experiment_tag(experiment, tag, value)
 
 
@@ -95,8 +91,11 @@ def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
     return [name for scores in list(found.values())[:MOST] for name in scores]
 
 
-def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
-    """Return the view as MLflow keeps it in a tag.  rows: names of metrics, the latest row first."""
+def view_of(rows: Iterable[Iterable[str]] = (), params: Mapping[str, str] | None = None) -> str:
+    """Return the view as MLflow keeps it in a tag.
+
+    rows: names of metrics, the latest row first.  params: of the latest row.
+    """
     scores = scores_of(rows)
     instruments = dict.fromkeys(score.split("/")[1] for score in scores)
     folded = [*FOLDED, *(f"{owner}/{id}" for id in instruments for owner in (*MODELS, "reference"))]
@@ -111,7 +110,7 @@ def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
         _section("Samples", 1, 700),
         _section("More pictures", 1, 700),
         _section("Curves", 2, 360),
-        _section("Training", 2, 360),
+        _section("Training", 2, 640),
         *(_section(name, 3, 360, display=False) for name in folded),
     ]
     differ = {
@@ -122,15 +121,16 @@ def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
     differ |= {"showChangeFromBaseline": False, "baselineColumnUuid": ""}
     # Several pictures in one card are shown as a table, a column for each row of the experiment; a single one
     # is not.
-    pictures = {"Samples": [SAMPLES], "More pictures": [PICTURES], "Training": [[key] for key in TRAINING]}
+    pictures = [("Samples", SAMPLES, 0), ("More pictures", PICTURES, 0)]
+    # A card with a slider shows nothing until its step is one of the pictures: begin with the last one.
+    pictures += [("Training", [f"{model}/training"], _last_step(params or {}, model)) for model in MODELS]
     line = {"xAxisKey": "step", "range": {}}
     charts = [
         _chart("Parameters that differ", "DIFFERENCE", **differ),
         *(_chart("Scores", "BAR", metricKey=name) for name in scores),
         *(
-            _chart(section, "IMAGE", imageKeys=keys, step=0, showRunParams=False)
-            for section, cards in pictures.items()
-            for keys in cards
+            _chart(section, "IMAGE", imageKeys=keys, step=step, showRunParams=False)
+            for section, keys, step in pictures
         ),
         *(_chart("Curves", "LINE", metricKey=name, selectedMetricKeys=[name], **line) for name in CURVES),
     ]
@@ -151,6 +151,12 @@ def view_of(rows: Iterable[Iterable[str]] = ()) -> str:
         "hideEmptyCharts": True,
     }
     return json.dumps({"name": NAME, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+
+
+def _last_step(params: Mapping[str, str], model: str) -> int:
+    """Return the images that a training has seen at its end."""
+    images, batch = (int(params.get(f"{model}.training.{name}", 1)) for name in ("images", "batch"))
+    return images // batch * batch
 
 
 def _section(name: str, columns: int, height: int, display: bool = True) -> dict[str, Any]:
