@@ -368,6 +368,19 @@ def test_what_is_not_finite_is_named_and_never_kept(tmp_path, value, every, what
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
 
 
+def test_one_weight_that_is_not_finite_is_enough(tmp_path):
+    @Noiseless
+    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
+        loss = model(images).square().mean()
+        if seen == 8:  # in the step before the checkpoint; backward does not read the bias
+            model.linear.bias.data[0] = torch.inf
+        return loss, {"loss": torch.stack([loss.detach(), torch.ones(())])}
+
+    with pytest.raises(UserError, match="weights are not finite after 12 images"):
+        run(tmp_path, step, log_every=1000, validate_every=1000, checkpoint_every=12)
+    assert Checkpoint(tmp_path / "run.pt").load() is None
+
+
 @pytest.mark.parametrize(("precision", "half"), [("auto", True), ("auto", False), ("float32", True)])
 def test_bfloat16_is_used_where_auto_finds_it_in_hardware(tmp_path, monkeypatch, precision, half):
     monkeypatch.setattr(hardware, "computes_bfloat16", lambda on: half)
