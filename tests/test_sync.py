@@ -130,6 +130,17 @@ def test_row_of_a_plain_repro_is_completed_though_its_results_were_committed_fir
     check_unchanged(repository)
 
 
+def test_row_of_half_a_pipeline_is_completed_when_the_rest_has_run(repository: Path) -> None:
+    edit(repository, "T: 500 ", "T: 600 ", "params.yaml")
+    run(repository, "dvc", "repro", "train_ddpm")
+    assert [outcome.what for outcome in sync()] == ["completed"]
+    run(repository, "dvc", "repro")
+    assert [outcome.what for outcome in sync()] == ["completed"]
+    ((_, row),) = rows(repository).items()
+    assert files(repository, row)["recipe/dvc.lock"] == (repository / "dvc.lock").read_bytes()
+    check_unchanged(repository)
+
+
 def test_stages_that_are_not_up_to_date_make_no_row(repository: Path) -> None:
     text = (repository / "params.yaml").read_text()
     (repository / "params.yaml").write_text(text.replace("neighbours: 3 ", "neighbours: 4 "))
