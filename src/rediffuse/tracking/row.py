@@ -198,11 +198,16 @@ class Run:
         # After our own requests: a server that does not answer is then known, and waited for once.
         self._system.finish()
         row.set_status("FAILED" if error else "FINISHED")
-        if error is None:
-            row.set_tags({stage_tag(self._stage, "status"): "finished"})
+        if error:
+            return
+        row.set_tags({stage_tag(self._stage, "status"): "finished"})
+        all_of_it = last or unchanged(root, self._stage)
+        lineage = lineage_of_checkout(root, running=self._stage) if all_of_it else None
+        # After `dvc repro --single-item` on stale inputs the checkout's lineage leaves this stage out.
+        if lineage is None or self._stage not in lineage.results:
             complete(row, lineage_of_stage(root, self._stage))
-        if error is None and (last or unchanged(root, self._stage)):
-            complete(row, lineage_of_checkout(root, running=self._stage))
+        if lineage:
+            complete(row, lineage)
             update_experiment(row.client, row.row.info.experiment_id)
 
 
