@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
+from toy_pipeline import make_repository
 
 from rediffuse.images.image_set import ImageSet
 from rediffuse.runtime.errors import UserError
@@ -28,6 +29,14 @@ def fashion_mnist() -> dict[str, ImageSet]:
             return load_fashion_mnist()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy repository whose pipeline has run, and was committed, without tracking.  To be copied."""
+    root = tmp_path_factory.mktemp("origin") / "repository"
+    make_repository(root)
+    return root
 
 
 @pytest.fixture(scope="session")

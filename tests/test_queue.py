@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_pipeline import STAGES, make_repository, numbers, rows, run
+from toy_pipeline import STAGES, numbers, rows, run
 
 from rediffuse.tracking.store import connect
 
@@ -18,13 +18,6 @@ REPETITIONS = int(os.environ.get("REDIFFUSE_REPETITIONS", "1"))
 QUEUED = {"T-100": 100, "T-200": 200}
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("origin") / "repository"
-    make_repository(root)
-    return root
 
 
 @pytest.fixture

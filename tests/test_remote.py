@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from servers import CREDENTIALS, make_bucket, s3, stored
+from toy_pipeline import enter
 from tracked_project import Checkout, expected_metrics, make_project, pictures_of, results_of
 
 from rediffuse.tracking.store import connect
@@ -59,16 +60,7 @@ def second(first: Checkout) -> Checkout:
 @pytest.fixture
 def in_second(second: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second clone as working directory of this process."""
-    for name in (
-        "DVC_ROOT",
-        "DVC_STAGE",
-        "DVC_EXP_NAME",
-        "DVC_EXP_BASELINE_REV",
-        "MLFLOW_TRACKING_URI",
-        "REDIFFUSE_TRACKING",
-    ):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(second.root)
+    enter(second.root, monkeypatch)
 
 
 def rows(clone: Checkout) -> dict[str, Any]:

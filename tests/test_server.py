@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 from servers import TrackingServer, postgresql, tracking_server
+from toy_pipeline import enter
 from tracked_project import (
     PROJECT,
     STEPS,
@@ -68,17 +69,8 @@ def here(project: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPa
 
 
 def move_to(checkout: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "DVC_ROOT",
-        "DVC_STAGE",
-        "DVC_EXP_NAME",
-        "DVC_EXP_BASELINE_REV",
-        "REDIFFUSE_TRACKING",
-        "RANK",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    enter(checkout.root, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.chdir(checkout.root)
 
 
 def rows_named(server: TrackingServer, prefix: str) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_pipeline import FOREIGN, STAGES, make_repository, numbers, rows, run
+from toy_pipeline import STAGES, enter, numbers, rows, run
 
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.git import experiments
@@ -27,22 +27,11 @@ NUMBERS = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose pipeline has run, and was committed, without tracking."""
-    root = tmp_path_factory.mktemp("origin") / "repository"
-    make_repository(root)
-    return root
-
-
 @pytest.fixture
 def repository(untracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, as working directory."""
-    root = tmp_path / "repository"
-    shutil.copytree(untracked, root, symlinks=True)
-    for name in FOREIGN:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(root)
+    root = Path(shutil.copytree(untracked, tmp_path / "repository", symlinks=True))
+    enter(root, monkeypatch)
     return root
 
 

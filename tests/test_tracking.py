@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from servers import tracking_server
+from toy_pipeline import enter
 
 from rediffuse.commands.ui import ui
 from rediffuse.params import Params, flatten, load_params
@@ -30,7 +31,6 @@ from rediffuse.tracking.store import connect, experiment_id, repository_root, tr
 from rediffuse.training.curves import write_curve
 
 PROJECT = Path(__file__).resolve().parents[1]
-FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI")
 # What the stages of these tests declare.
 STAGES = """
 stages:
@@ -66,9 +66,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Pat
     git(root, "init", "-q")
     git(root, "add", ".")
     git(root, "commit", "-q", "-m", "start")
-    for name in (*FOREIGN, "REDIFFUSE_TRACKING", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(root)
+    enter(root, monkeypatch)
     return root
 
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rediffuse.tracking.store import connect
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -75,6 +77,13 @@ stages:
     metrics: [{metrics/ddpm.json: {cache: false}}]
     plots: [{metrics/evaluation/ddpm.json: {cache: false}}]
 """
+
+
+def enter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the repository the working directory, without variables that steer DVC, MLflow or tracking."""
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
 
 
 def run(root: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
