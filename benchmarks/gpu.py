@@ -7,15 +7,13 @@ Memory: the highest that torch has allocated on the GPU.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import machine, ours, peers
+from benchmarks import ours, peers, training
 from benchmarks.report import Settings, Table
-from benchmarks.training import PEAK, STEPS, our_work, peer_work, throughput
-from benchmarks.workers import Factory, Workers
 from rediffuse.params import Params, load_params
 from rediffuse.runtime.errors import UserError
 
@@ -25,23 +23,17 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes/fashion-mnist-gpu.yaml"
 def measure(settings: Settings) -> list[Table]:
     if not torch.cuda.is_available() and not settings.quick:
         raise UserError("it needs a GPU; --quick runs its code on a CPU")
-    quick, steps, params = settings.quick, 2 if settings.quick else STEPS, parameters(settings.quick)
-    work, batch = our_work(params), params.ddpm.training.batch
-    variants = {"rediffuse": {}, "rediffuse, not compiled": {"compile": "never"}}
-    variants |= {"rediffuse, float32": {"precision": "float32"}}
-    contenders: dict[str, Factory] = {PEAK: partial(machine.peak_turn, quick)}
-    for name, changes in variants.items():
-        contenders[name] = partial(ours.training_turn, steps, params.model_copy(update=changes))
-    works = dict.fromkeys(variants, work)
-    for name, recipe in peers.recipes(work.forward, batch, 1_000_000).items():
-        contenders[name], works[name] = partial(peers.training_turn, recipe, steps), peer_work(recipe)
-        if recipe.setting == "best":
-            compiled = f"{name}, compiled"
-            contenders[compiled] = partial(peers.training_turn, recipe, steps, compiled=not quick)
-            works[compiled] = works[name]
-    with Workers(contenders) as workers:
-        rates, memory = workers.turns(settings.turns), workers.each(gpu_mib)
-    return [throughput(f"Training on a GPU, {steps} whole steps a turn, batch {batch}", rates, memory, works)]
+    params = parameters(settings.quick)
+    variants = {
+        "rediffuse": params,
+        "rediffuse, not compiled": params.model_copy(update={"compile": "never"}),
+        "rediffuse, float32": params.model_copy(update={"precision": "float32"}),
+    }
+    recipes = peers.recipes(training.our_work(params).forward, params.ddpm.training.batch, steps=1_000_000)
+    best = {name: recipe for name, recipe in recipes.items() if recipe.setting == "best"}
+    if not settings.quick:
+        recipes |= {f"{name}, compiled": replace(recipe, compiled=True) for name, recipe in best.items()}
+    return [training.compare("Training on a GPU", variants, recipes, settings, gpu_mib)]
 
 
 def parameters(quick: bool) -> Params:
@@ -49,7 +41,7 @@ def parameters(quick: bool) -> Params:
     params = load_params(RECIPE)
     if not quick:
         return params
-    small = {"width": 32, "training": params.ddpm.training.model_copy(update={"batch": 8})}
+    small = ours.LARGE | {"training": params.ddpm.training.model_copy(update={"batch": 8})}
     return params.model_copy(update={"ddpm": params.ddpm.model_copy(update=small), "compile": "never"})
 
 

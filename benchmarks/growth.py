@@ -10,26 +10,21 @@ import json
 import os
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.ours import TINY, NoCheckpoint, parameters, trainer
-from benchmarks.peers import random_images
+from benchmarks.ours import TINY, parameters, training_turn
+from benchmarks.peers import Shape, random_images
 from benchmarks.report import Settings, Table, peak_mib
 from benchmarks.workers import Factory, Turn, Workers
 from rediffuse.params import Params
-from rediffuse.runtime.device import device, make_deterministic, to_device
+from rediffuse.runtime.device import device, to_device
 from rediffuse.runtime.processes import is_main, process_group
 
-Shape = tuple[int, int, int]
-WARMUP = 3  # steps
 BLOCK = 10_000  # images written at once
 
 
@@ -55,20 +50,9 @@ def write_images(path: Path, n: int, shape: Shape) -> Path:
 
 def training(path: Path, params: Params, steps: int) -> Turn:
     """Return a turn that gives the ms of a training step on the images in the file."""
-    make_deterministic()
     images = to_device(np.load(path, mmap_mode="r"), device())
-    batch = params.ddpm.training.batch
-    run = trainer("ddpm", params, images, torch.arange(len(images)) % 10, seen=(WARMUP + steps) * batch)
-
-    def turn() -> float:
-        times = list[float]()
-        for _ in range(WARMUP + steps):
-            begin = time.perf_counter()
-            run._step()
-            times.append(time.perf_counter() - begin)
-        return 1000 * median(times[WARMUP:])
-
-    return turn
+    turn = training_turn(steps, params, images=images)
+    return lambda: 1000 * params.ddpm.training.batch / turn()
 
 
 def measure_training(points: list[tuple[int, int]], steps: int, params: Params) -> Table:
@@ -81,7 +65,7 @@ def measure_training(points: list[tuple[int, int]], steps: int, params: Params) 
             pixel = 1e6 * ms / params.ddpm.training.batch / side**2
             rows.append([f"{n:,} of {side}x{side}", path.stat().st_size / 2**20, ms, pixel, peak])
             path.unlink()
-    note = f"Medians of {steps} steps, batch {params.ddpm.training.batch}."
+    note = f"Means of {steps} steps, batch {params.ddpm.training.batch}."
     note += "  On a CPU the set is mapped: pages that were read count, though the system can take them back."
     columns = ["training images", "set MiB", "ms a step", "ns a pixel", "peak MiB"]
     return Table("Growth with the training images and their pixels", columns, rows, note)
@@ -91,11 +75,10 @@ def train_together(steps: int, quick: bool) -> None:
     """Train in each process that torchrun starts; the first prints ms a step, and its peak, as JSON."""
     with process_group():
         params = settings_of(quick)
-        run = trainer("ddpm", params, *random_images(1_000), seen=steps * params.ddpm.training.batch)
-        began = time.perf_counter()
-        run.train(NoCheckpoint())
+        turn = training_turn(steps, params, images=random_images(1_000)[0])
+        ms = 1000 * params.ddpm.training.batch / turn()
         if is_main():
-            print(json.dumps([1000 * (time.perf_counter() - began) / steps, peak_mib()]), flush=True)
+            print(json.dumps([ms, peak_mib()]), flush=True)
 
 
 def measure_processes(counts: list[int], steps: int, quick: bool) -> Table:

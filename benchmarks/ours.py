@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import SHAPE, random_images
+from benchmarks.machine import timed
+from benchmarks.peers import SHAPE, WARM, random_images
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.step import DenoisingStep
 from rediffuse.images.image_set import ImageSet
@@ -18,7 +18,7 @@ from rediffuse.runtime.device import device, make_deterministic
 from rediffuse.runtime.shards import draw
 from rediffuse.sampling.ddpm import ddpm_shards
 from rediffuse.sources.fashion_mnist import CLASSES
-from rediffuse.training.loop import Log, Trainer
+from rediffuse.training.loop import Trainer
 from rediffuse.vae.model import VAE
 from rediffuse.vae.step import VAEStep
 from stages.train_ddpm import make_denoiser
@@ -28,7 +28,7 @@ from stages.train_vae import make_vae
 # peers would be 8 features wide, and slow for that reason alone.
 LARGE = {"fold": 2, "width": 48, "multipliers": [2, 2], "blocks": 1, "attention": 0}
 TINY = {"width": 8, "multipliers": [1], "attention": 0}  # a denoiser that takes no time
-LOGS = 5  # steps between two readings of the clock
+ENDLESS = 10**9  # images: a training that does not end
 
 
 class NoCheckpoint:
@@ -37,15 +37,6 @@ class NoCheckpoint:
     def load(self) -> None: ...
 
     def save(self, state: dict[str, Any]) -> None: ...
-
-
-class Clock(list[float]):
-    """A log that keeps the time of each entry."""
-
-    def log_curve(self, *_: object) -> None:
-        self.append(time.perf_counter())
-
-    def log_model(self, *_: object) -> None: ...
 
 
 def parameters(precision: str = "auto", **ddpm: Any) -> Params:
@@ -79,20 +70,12 @@ def network_inputs(model: Denoiser, batch: int) -> tuple[Tensor, Tensor, Tensor 
 
 
 def trainer(
-    name: str,
-    params: Params,
-    images: Tensor,
-    labels: Tensor | None = None,
-    *,
-    seen: int,
-    log: Log | None = None,
-    log_every: int | None = None,
+    name: str, params: Params, images: Tensor, labels: Tensor | None = None, *, seen: int = ENDLESS
 ) -> Trainer[Any]:
     """Return a trainer as in the stage train_`name` that stops after `seen` images and validates nothing."""
     make_deterministic()
     group, shape = getattr(params, name), (images.shape[1], images.shape[2], images.shape[3])
     changes = {"images": seen, "validate_every": seen, "checkpoint_every": seen}
-    changes |= {"log_every": log_every or group.training.log_every}
     changes |= {"lr_warmup": min(group.training.lr_warmup, seen // 10)}
     return Trainer(
         denoiser(params, shape) if name == "ddpm" else vae(params),
@@ -105,25 +88,24 @@ def trainer(
         precision=params.precision,
         compile=params.compile,
         validate=lambda *_: {},
-        log=log,
     )
 
 
-def training_turn(steps: int, params: Params) -> Callable[[], float]:
-    """Return a turn of `steps` whole steps, which gives images a second.
+def training_turn(
+    steps: int, params: Params, name: str = "ddpm", images: Tensor | None = None
+) -> Callable[[], float]:
+    """Return a turn of `steps` whole steps and a reading of the losses, which gives images a second."""
+    images = random_images()[0] if images is None else images
+    labels = torch.arange(len(images)) % 10 if name == "ddpm" else None
+    run = trainer(name, params, images, labels)
 
-    The clock runs from the trainer's first log to its last, so that its construction is not counted.
-    """
-    images, labels = random_images()
-    every = params.ddpm.training.batch * min(LOGS, steps)
-    counted = steps // min(LOGS, steps)
+    def work(steps: int) -> None:
+        for _ in range(steps):
+            run._step()
+        run._log()
 
-    def turn() -> float:
-        clock, seen = Clock(), every * (1 + counted)
-        trainer("ddpm", params, images, labels, seen=seen, log=clock, log_every=every).train(NoCheckpoint())
-        return every * counted / (clock[counted] - clock[0])  # the log of the validation comes after these
-
-    return turn
+    work(min(WARM, steps))
+    return timed(lambda: work(steps), steps * run.config.batch)
 
 
 def sampling_turn(n: int, steps: int, params: Params) -> Callable[[], float]:
@@ -131,12 +113,7 @@ def sampling_turn(n: int, steps: int, params: Params) -> Callable[[], float]:
     make_deterministic()
     model = denoiser(params).to(device()).to(memory_format=torch.channels_last).eval()
 
-    def turn() -> float:
-        begin = time.perf_counter()
-        draw_images(model, params, n, steps=steps, guidance_scale=1.0)
-        return n / (time.perf_counter() - begin)
-
-    return turn
+    return timed(lambda: draw_images(model, params, n, steps=steps, guidance_scale=1.0), n)
 
 
 def draw_images(model: Denoiser, params: Params, n: int, **changes: Any) -> Tensor:

@@ -23,27 +23,27 @@ the step, and no flips.  The batch is ours: with their documented 16 both are sl
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss, pad
 
-from benchmarks.machine import wait
+from benchmarks.machine import timed
 from rediffuse.images.pixels import from_signed, from_unit, to_signed, to_unit
 from rediffuse.runtime.device import autocast, device
 
 Setting = Literal["documented", "best"]
 Kind = Literal["diffusers", "denoising-diffusion-pytorch"]
 
-SHAPE = (1, 28, 28)
+Shape = tuple[int, int, int]
+SHAPE: Shape = (1, 28, 28)
 TOLERANCE = 0.05  # of the FLOPs
 T = 1000
 NUMBER = 4096  # random images for measuring speed
@@ -51,23 +51,20 @@ WARM = 3  # steps before the clock starts
 WIDEST = 160
 
 
-@dataclass(frozen=True)
-class Structure:
-    """A U-Net up to its width.
+class Structure(NamedTuple):
+    """A U-Net up to its width, which must be a multiple of `multiple`; side: of the images."""
 
-    multipliers: the levels in widths; blocks: residual blocks a level; side: of the images; multiple: of
-    which the width must be one.
-    """
-
-    multipliers: tuple[int, ...]
-    blocks: int
+    multipliers: tuple[int, ...]  # the levels in widths
     side: int
     multiple: int
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A peer's network and its training.  steps: of the learning rate's schedule; lr None: documented."""
+    """A peer's network and its training.  steps: of the learning rate's schedule; lr None: documented.
+
+    compiled: the network, by torch.
+    """
 
     kind: Kind
     setting: Setting
@@ -76,6 +73,7 @@ class Recipe:
     batch: int
     steps: int
     lr: float | None = None
+    compiled: bool = False
 
     def unet(self) -> nn.Module:
         return KINDS[self.kind].unet(self.structure, self.width, self.setting)
@@ -88,13 +86,7 @@ class Recipe:
 class Diffusers:
     """examples/unconditional_image_generation/train_unconditional.py, step by step."""
 
-    structures = (  # 2 blocks, and attention at the lowest level, are documented
-        Structure((1, 2, 4, 4), 2, 32, 8),
-        Structure((1, 2, 4), 2, 32, 8),
-        Structure((1, 2, 2), 1, 32, 8),
-        Structure((1, 2, 4, 4), 2, 32, 4),
-        Structure((1, 2, 4), 2, 32, 4),
-    )
+    structures = Structure((1, 2, 4, 4), 32, 8), Structure((1, 2, 4, 4), 32, 4)
 
     @staticmethod
     def unet(structure: Structure, width: int, setting: Setting) -> nn.Module:
@@ -106,7 +98,7 @@ class Diffusers:
             sample_size=structure.side,
             in_channels=1,
             out_channels=1,
-            layers_per_block=structure.blocks,
+            layers_per_block=2,
             block_out_channels=[width * multiplier for multiplier in structure.multipliers],
             down_block_types=["DownBlock2D"] * (levels - 1) + ["AttnDownBlock2D"],
             up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (levels - 1),
@@ -182,12 +174,7 @@ class Diffusers:
 class Lucidrains:
     """denoising_diffusion_pytorch.Trainer, step by step."""
 
-    structures = (  # 2 blocks are documented
-        Structure((1, 2, 4), 2, 28, 2),
-        Structure((1, 2, 4), 2, 32, 2),
-        Structure((1, 2, 2), 2, 28, 2),
-        Structure((1, 2), 2, 28, 2),
-    )
+    structures = Structure((1, 2, 4), 28, 2), Structure((1, 2, 4), 32, 2)
 
     @staticmethod
     def unet(structure: Structure, width: int, setting: Setting) -> nn.Module:
@@ -241,7 +228,10 @@ KINDS = {"diffusers": Diffusers, "denoising-diffusion-pytorch": Lucidrains}
 
 def contender(recipe: Recipe) -> Diffusers | Lucidrains:
     torch.manual_seed(1)
-    return KINDS[recipe.kind](recipe)
+    peer = KINDS[recipe.kind](recipe)
+    if recipe.compiled:
+        peer.network.compile(dynamic=False)
+    return peer
 
 
 # Equal work
@@ -271,11 +261,9 @@ def sized(kind: Kind, setting: Setting, target: float) -> tuple[Structure, int]:
     structures, unet = KINDS[kind].structures, KINDS[kind].unet
 
     def excess(structure: Structure, width: int) -> float:
-        network, side = (
-            unet(structure, width, setting).to("meta"),
-            structure.side,
-        )  # nothing is computed there
-        x, t = torch.zeros(1, 1, side, side, device="meta"), torch.ones(1, dtype=torch.long, device="meta")
+        network = unet(structure, width, setting).to("meta")  # nothing is computed there
+        x = torch.zeros(1, 1, structure.side, structure.side, device="meta")
+        t = torch.ones(1, dtype=torch.long, device="meta")
         return flops(lambda: network(x, t)) / target - 1
 
     for structure in structures:
@@ -302,40 +290,26 @@ def recipes(target: float, batch: int, steps: int) -> dict[str, Recipe]:
 # Turns
 
 
-def training_turn(recipe: Recipe, steps: int, *, compiled: bool = False) -> Callable[[], float]:
-    """Return a turn of `steps` whole steps, which gives images a second.  compiled: the network, by torch."""
+def training_turn(recipe: Recipe, steps: int) -> Callable[[], float]:
+    """Return a turn of `steps` whole steps, which gives images a second."""
     peer, stream = contender(recipe), batches(random_images()[0].to(device()), recipe.batch)
-    if compiled:
-        peer.network.compile(dynamic=False)
-    for _ in range(min(WARM, steps)):
-        peer.step(next(stream))
 
-    def turn() -> float:
-        begin = time.perf_counter()
+    def work(steps: int) -> None:
         for _ in range(steps):
             peer.step(next(stream))
-        wait()
-        return steps * recipe.batch / (time.perf_counter() - begin)
 
-    return turn
+    work(min(WARM, steps))
+    return timed(lambda: work(steps), steps * recipe.batch)
 
 
 def sampling_turn(recipe: Recipe, n: int, evaluations: int) -> Callable[[], float]:
     """Return a turn that draws n images, which gives images a second."""
     peer = contender(recipe)
     peer.sample(recipe.batch, 1 if recipe.kind == "diffusers" else 2)
-
-    def turn() -> float:
-        begin = time.perf_counter()
-        peer.sample(n, evaluations)
-        return n / (time.perf_counter() - begin)
-
-    return turn
+    return timed(lambda: peer.sample(n, evaluations), n)
 
 
-def random_images(
-    n: int = NUMBER, shape: tuple[int, int, int] = SHAPE, seed: int = 1
-) -> tuple[Tensor, Tensor]:
+def random_images(n: int = NUMBER, shape: Shape = SHAPE, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Return n images of noise, uint8, and labels: speed does not depend on what images show."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from statistics import median
 
 from benchmarks import ours, peers
 from benchmarks.report import RATIO, Settings, Table, peak_mib
-from benchmarks.training import DEFAULT, OURS, OURS_FLOAT32, large, peer_recipes
+from benchmarks.training import OURS, peer_recipes, variants
 from benchmarks.workers import Factory, Workers, ratio, spread
 
 EVALUATIONS, IMAGES, MANY = 20, 128, 10_000
@@ -20,12 +20,11 @@ EVALUATIONS, IMAGES, MANY = 20, 128, 10_000
 
 def measure(settings: Settings) -> list[Table]:
     n, steps = (64, 2) if settings.quick else (IMAGES, EVALUATIONS)
-    variants = {OURS: large(), DEFAULT: ours.parameters(), OURS_FLOAT32: large("float32")}
     contenders: dict[str, Factory] = {}
-    contenders |= {name: partial(ours.sampling_turn, n, steps, params) for name, params in variants.items()}
-    contenders |= {
-        name: partial(peers.sampling_turn, each, n, steps) for name, each in peer_recipes().items()
-    }
+    for name, params in variants().items():
+        contenders[name] = partial(ours.sampling_turn, n, steps, params)
+    for name, recipe in peer_recipes().items():
+        contenders[name] = partial(peers.sampling_turn, recipe, n, steps)
     with Workers(contenders) as workers:
         workers.turns(1)  # first use of each kernel
         rates, memory = workers.turns(settings.turns), workers.each(peak_mib)

@@ -9,7 +9,7 @@ Validation, checkpoints and the row in MLflow are not included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import NamedTuple
@@ -70,18 +70,32 @@ def peer_recipes(steps: int = 1_000_000) -> dict[str, peers.Recipe]:
     return peers.recipes(our_work(large()).forward, large().ddpm.training.batch, steps)
 
 
+def variants() -> dict[str, Params]:
+    return {OURS: large(), DEFAULT: ours.parameters(), OURS_FLOAT32: large("float32")}
+
+
 def measure(settings: Settings) -> list[Table]:
-    steps, default = 2 if settings.quick else STEPS, ours.parameters()
-    variants, recipes = {OURS: large(), DEFAULT: default, OURS_FLOAT32: large("float32")}, peer_recipes()
+    return [compare("Training", variants(), peer_recipes(), settings, peak_mib)]
+
+
+def compare(
+    title: str,
+    variants: Mapping[str, Params],
+    recipes: Mapping[str, peers.Recipe],
+    settings: Settings,
+    memory: Callable[[], float],
+) -> Table:
+    """Compare ours with the peers, and with the convolution peak.  memory: MiB of a process."""
+    steps = 2 if settings.quick else STEPS
     contenders: dict[str, Factory] = {PEAK: partial(machine.peak_turn, settings.quick)}
     contenders |= {name: partial(ours.training_turn, steps, params) for name, params in variants.items()}
     contenders |= {name: partial(peers.training_turn, recipe, steps) for name, recipe in recipes.items()}
     with Workers(contenders) as workers:
-        rates, memory = workers.turns(settings.turns), workers.each(peak_mib)
+        rates, peaks = workers.turns(settings.turns), workers.each(memory)
     works = {name: our_work(params) for name, params in variants.items()}
     works |= {name: peer_work(recipe) for name, recipe in recipes.items()}
-    title = f"Training, turns of {steps} whole steps, batch {default.ddpm.training.batch}"
-    return [throughput(title, rates, memory, works)]
+    batch = next(iter(variants.values())).ddpm.training.batch
+    return throughput(f"{title}, turns of {steps} whole steps, batch {batch}", rates, peaks, works)
 
 
 def throughput(

@@ -13,8 +13,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ours
-from benchmarks.machine import wait
+from benchmarks.machine import timed
 from benchmarks.peers import SHAPE, flops, random_images
 from benchmarks.report import RATIO, Settings, Table, peak_mib
 from benchmarks.workers import Turn, Workers, ratio
@@ -39,14 +37,7 @@ WARMUP = 10  # batches
 def rediffuse(images: int) -> Turn:
     """Time the trainer after its construction."""
     params = load_params()
-    data, batch = random_images(images)[0].to(device()), params.vae.training.batch
-    ours.trainer("vae", params, data, seen=WARMUP * batch).train(ours.NoCheckpoint())
-
-    def turn() -> float:
-        trainer = ours.trainer("vae", params, data, seen=images)
-        return rate(lambda: trainer.train(ours.NoCheckpoint()), trainer.steps * batch)
-
-    return turn
+    return ours.training_turn(images // params.vae.training.batch, params, "vae")
 
 
 def plain(images: int) -> Turn:
@@ -64,7 +55,7 @@ def plain(images: int) -> Turn:
             optimizer.step()
 
     epoch(data[: WARMUP * batch])
-    return lambda: rate(lambda: epoch(data), len(data))
+    return timed(lambda: epoch(data), len(data))
 
 
 def pythae_model(vae: VAE) -> Any:
@@ -113,13 +104,13 @@ def pythae(images: int) -> Turn:
         return made
 
     trainer(data[: WARMUP * batch]).train_step(epoch=1)
-    timed = trainer(data)
+    timed_trainer = trainer(data)
 
-    def turn() -> float:
+    def work() -> None:
         assert folder.name  # kept as long as the trainer
-        return rate(lambda: timed.train_step(epoch=1), images)
+        timed_trainer.train_step(epoch=1)
 
-    return turn
+    return timed(work, images)
 
 
 def our_flops(params: Params) -> float:
@@ -131,13 +122,6 @@ def our_flops(params: Params) -> float:
 def pythae_flops(params: Params) -> float:
     inputs = {"data": torch.rand(1, *SHAPE)}
     return flops(lambda: pythae_model(ours.vae(params))(inputs).loss, backward=True)
-
-
-def rate(work: Callable[[], object], images: int) -> float:
-    begin = time.perf_counter()
-    work()
-    wait()
-    return images / (time.perf_counter() - begin)
 
 
 def measure(settings: Settings) -> list[Table]:

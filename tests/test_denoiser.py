@@ -1,6 +1,5 @@
 """The denoiser: what the U-Net computes and depends on, guidance, the training step, and that it learns."""
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.diffusion.step import DenoisingStep, validate
-from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, parts, sinusoids, written_out_attention
+from rediffuse.diffusion.step import DenoisingStep
+from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, written_out_attention
 from rediffuse.params import load_params
-from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.sampling.guidance import guided
 from rediffuse.sampling.samplers import SAMPLERS, even_times
-from rediffuse.training.average import Average
 from stages.train_ddpm import make_denoiser
 
 SETTINGS = load_params(Path(__file__).resolve().parents[1] / "params.yaml").ddpm
@@ -51,28 +48,13 @@ def at(*t: int) -> Tensor:
 # The network
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 17, 23), (3, 30, 29)])
-@pytest.mark.parametrize("fold", [1, 2, 4])
+@pytest.mark.parametrize(("shape", "fold"), [((1, 28, 28), 1), ((3, 32, 32), 2), ((1, 17, 23), 4)])
 def test_output_has_the_shape_of_the_image_and_starts_at_zero(shape, fold):
-    settings = {"fold": fold, "multipliers": [1, 2, 2]}
+    settings = {"fold": fold, "multipliers": [1, 2, 2], "blocks": 2}
     output = make(shape, **settings)(noisy(2, shape), at(5, 50), at(0, 2))
     assert output.shape == (2, *shape) and output.dtype == torch.float32
     assert (output.flatten(1).std(1) > 0).all()
     assert not make(shape, trained=False, **settings)(noisy(2, shape), at(1, 100), at(0, 1)).any()
-
-
-def test_an_odd_image_is_padded_at_the_far_edges_and_cropped_again():
-    small, large, x = make((1, 17, 23)), make((1, 20, 24)), noisy(2, (1, 17, 23))
-    padded = large(pad(x, (0, 1, 0, 3)), at(5, 50), at(0, 1))
-    torch.testing.assert_close(small(x, at(5, 50), at(0, 1)), padded[:, :, :17, :23])
-
-
-def test_blocks_are_as_many_as_asked_for_and_start_as_the_identity():
-    assert [len(make(blocks=n).unet.down) for n in (1, 3)] == [1 + 1 + 1, 3 + 1 + 3]
-    assert make(blocks=3)(noisy(1), at(5), at(0)).shape == (1, 1, 28, 28)
-    for block in make(trained=False).unet.middle:
-        x = noisy(2, (16, 7, 7))
-        assert torch.equal(block(x, noisy(2, (32,))), x)
 
 
 def test_output_depends_on_t_and_on_the_label_of_each_image_alone():
@@ -85,17 +67,9 @@ def test_output_depends_on_t_and_on_the_label_of_each_image_alone():
     assert not torch.equal(none, denoiser(x, at(5, 5, 5, 5), at(2, 2, 2, 2)))
 
 
-def test_time_is_a_share_of_T_whose_neighbours_differ():
-    torch.testing.assert_close(make(T=100)(noisy(1), at(40), at(0)), make(T=50)(noisy(1), at(20), at(0)))
-    embedding = sinusoids(torch.arange(1, 1001) / 1000, 64)
-    assert embedding.shape == (1000, 64)
-    assert torch.cdist(embedding, embedding).fill_diagonal_(math.inf).min() > 0.1
-
-
 def test_an_unconditional_model_has_no_labels():
     denoiser = make(class_names=[])
-    assert denoiser.classes == 0 and denoiser.unet.embed_label is None
-    assert guided(denoiser)(noisy(2), at(5, 50), None).shape == (2, 1, 28, 28)
+    assert denoiser.classes == 0 and guided(denoiser)(noisy(2), at(5, 50), None).shape == (2, 1, 28, 28)
     unconditional = SETTINGS.model_copy(update={"conditional": False})
     assert make_denoiser(SETTINGS, (1, 28, 28), ("a", "b")).class_names == ("a", "b")
     assert make_denoiser(unconditional, (1, 28, 28), ("a", "b")).classes == 0
@@ -111,19 +85,9 @@ def test_dropout_acts_in_training_only():
 # Attention
 
 
-@pytest.mark.parametrize(
-    ("fold", "multipliers", "attention", "heights"),
-    [
-        (2, [1, 2], 7, {7}),
-        (2, [1, 2], 14, {7, 14}),
-        (2, [1, 2], 6, set()),
-        (2, [1, 2], 0, set()),
-        (1, [1, 1, 1], 14, {7, 14}),
-        (4, [1], 7, {7}),
-    ],
-)
-def test_attention_is_where_the_height_allows_it_and_nowhere_else(fold, multipliers, attention, heights):
-    denoiser = make(fold=fold, multipliers=multipliers, attention=attention)
+@pytest.mark.parametrize(("attention", "heights"), [(0, set()), (6, set()), (7, {7}), (14, {7, 14})])
+def test_attention_is_where_the_height_allows_it_and_nowhere_else(attention, heights):
+    denoiser = make(attention=attention)
     seen = set()
     for layer in denoiser.modules():
         if isinstance(layer, SelfAttention):
@@ -147,14 +111,6 @@ def test_attention_is_that_of_the_paper():
     torch.testing.assert_close(attention(x), expected)
     q, k, v = noisy(3, (2, 2, 49, HEAD_DIM))
     torch.testing.assert_close(written_out_attention(q, k, v), scaled_dot_product_attention(q, k, v))
-
-
-@pytest.mark.parametrize(
-    ("features", "size", "expected"),
-    [(64, 16, 4), (8, 16, 1), (24, 16, 1), (40, 16, 2), (56, 16, 2), (192, 64, 3), (256, 64, 4)],
-)
-def test_features_are_divided_into_equal_parts_of_at_least_a_size(features, size, expected):
-    assert parts(features, size) == expected
 
 
 # D(x_t, t, label) and guidance
@@ -196,34 +152,6 @@ def test_guidance_is_linear_from_the_unconditional_to_the_conditional_model_and_
     assert torch.equal(guided_x_0(3.0, None), guided_x_0(1, None))
 
 
-# Files and averages
-
-
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 23)])
-def test_a_saved_denoiser_gives_the_same_bits(tmp_path, shape):
-    denoiser, x = make(shape).to(memory_format=torch.channels_last), noisy(2, shape)
-    save_model(denoiser, tmp_path / "model")
-    loaded = load_model(Denoiser, tmp_path / "model", torch.device("cpu"))
-    assert not loaded.training and loaded.config == denoiser.config
-    assert torch.equal(loaded(x, at(5, 50), at(0, 1)), denoiser(x, at(5, 50), at(0, 1)))
-    save_model(loaded, tmp_path / "again")
-    files = [tmp_path / folder / "model.safetensors" for folder in ("model", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_copies_and_averages_leave_the_schedule_alone():
-    denoiser = make()
-    x_0 = guided(denoiser)(noisy(1), at(5), at(0))  # the schedule keeps tables per device
-    assert torch.equal(guided(copy.deepcopy(denoiser))(noisy(1), at(5), at(0)), x_0)
-    average = Average(denoiser, half_life=100)
-    for seen in (64, 128, 192):
-        for parameter in denoiser.parameters():
-            parameter.data += 1
-        average.update(denoiser, seen=seen, batch=64)
-    assert torch.equal(average.model.schedule.log_snr, Schedule.make("cosine", 100).log_snr)
-    assert list(denoiser.buffers()) == []  # which DistributedDataParallel would broadcast at each step
-
-
 # The task
 
 
@@ -259,25 +187,19 @@ def test_mirrored_images_are_those_that_the_noise_names():
     assert loss != step(denoiser, images, None, noise, 0)[0]
 
 
-def test_validation_of_a_new_network_is_that_of_putting_out_zero():
-    found = validate(make(predict="eps", trained=False), grey(64), torch.zeros(64, dtype=torch.int64), seed=1)
-    assert found["eps_mse"] == pytest.approx(1, abs=0.02)  # the variance of the noise
-
-
 # Learning
 
 
-@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
-def test_a_tiny_denoiser_overfits_and_draws_the_image_of_each_label(predict):
+def test_a_tiny_denoiser_overfits_and_draws_the_image_of_each_label():
     shapes = -torch.ones(3, 1, 8, 8)  # left half, upper half, diagonal
     shapes[0, :, :, :4], shapes[1, :, :4] = 1, 1
     shapes[2, 0].fill_diagonal_(1)
     images = ((shapes + 1) * 127.5).round().to(torch.uint8).repeat(11, 1, 1, 1)[:32]
-    denoiser = make((1, 8, 8), predict=predict, trained=False, width=16, T=50)
+    denoiser = make((1, 8, 8), trained=False, width=16, T=50)
     step, labels = step_of(loss_weight="simple", label_drop=0.1), torch.arange(32) % 3
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     losses = []
-    for i in range(250):
+    for i in range(150):
         loss, _ = step(denoiser, images, labels, step.draw(denoiser, images.shape, seeded(i)), 0)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ import torch
 import yaml
 
 from rediffuse.evaluation import instruments, shared
-from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import spread
 from rediffuse.evaluation.instruments import Instrument
 from rediffuse.evaluation.judgement import position
-from rediffuse.evaluation.record import View, class_table, headline, predicted_classes, real_sets
+from rediffuse.evaluation.record import real_sets
 from rediffuse.evaluation.shipped import load_shipped
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.images.sample_sets import Samples, save_samples
@@ -127,24 +127,11 @@ def test_an_unlabelled_set_is_judged_by_what_needs_no_labels(pipeline, monkeypat
     prepare(labelled=False)
     choose(["random-conv-v1"])
     reference.main()
-    [part] = judge(monkeypatch, "vae")["instruments"].values()
-    assert "classes" not in part and "is" not in part["scores"]
+    record = judge(monkeypatch, "vae")
+    [part] = record["instruments"].values()
+    assert "classes" not in part and "is" not in part["scores"] and "accuracy_score" not in record
     assert "accuracy_score" not in read("metrics/evaluation/reference.json")
     assert Path("metrics/plots/evaluate_vae/classes.csv").read_text() == "class,distance,n\n"
-
-
-def test_an_accuracy_score_that_is_not_asked_for_is_left_out(pipeline, monkeypatch):
-    choose(["random-conv-v1"], accuracy_images=0)
-    reference.main()
-    record = judge(monkeypatch, "ddpm")
-    assert "accuracy_score" not in record and "accuracy_score" not in read("metrics/reference.json")
-    assert "label_accuracy" not in record  # this instrument does not know the classes
-
-
-def names_in(record) -> set:
-    """All keys of a record, at any depth."""
-    parts = record.values() if isinstance(record, dict) else record if isinstance(record, list) else ()
-    return (set(record) if isinstance(record, dict) else set()).union(*map(names_in, parts))
 
 
 def test_the_distances_of_inception_are_called_fid_throughout(pipeline, monkeypatch):
@@ -154,83 +141,75 @@ def test_the_distances_of_inception_are_called_fid_throughout(pipeline, monkeypa
         def forward(self, images):
             return images.double()[:, 0, 0, :8] / 255, None
 
-    class Kind:
-        check = staticmethod(lambda name, images: None)
-        load = staticmethod(lambda record, folder: Small())
-
-        @staticmethod
-        def make(context):
-            return shared.new_record(context, layer="", dimension=8), None
-
-    monkeypatch.setitem(instruments._KINDS, "inception-v3", Kind)
+    kind = SimpleNamespace(
+        check=lambda name, images: None,
+        make=lambda context: (shared.new_record(context, layer="", dimension=8), None),
+        load=lambda record, folder: Small(),
+    )
+    monkeypatch.setitem(instruments._KINDS, "inception-v3", kind)
     monkeypatch.setitem(DIMENSIONS, "inception-v3", 8)
-    choose(["inception-v3"])
+    choose(["inception-v3"], accuracy_images=0)
     reference.main()
-    [part] = judge(monkeypatch, "ddpm")["instruments"].values()
-    written = [read(path) for path in Path("metrics").rglob("*.json")]
-    assert len(written) == 4
-    assert all("fid" in names_in(record) and "fd" not in names_in(record) for record in written)
-    rows = [row for row in part["classes"]["fid"].values() if "fid" in row]
-    assert part["classes"]["by"] == "label" and len(rows) == 10
-    assert Path("metrics/plots/evaluate_ddpm/classes.csv").read_text().count("\n") == 1 + len(rows)
+    record = judge(monkeypatch, "ddpm")
+    assert "accuracy_score" not in record and "label_accuracy" not in record  # it does not know the classes
+    written = [path.read_text() for path in Path("metrics").rglob("*.json")]
+    assert len(written) == 4 and all('"fid"' in text and '"fd"' not in text for text in written)
+    assert Path("metrics/plots/evaluate_ddpm/classes.csv").read_text().count("\n") == 1 + len(CLASSES)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "n", "labelled", "sample_n", "words"),
+    ("n", "labelled", "sample_n", "words"),
     [
-        (CNN, 320, False, N, "random-conv-v1"),
-        ("classifier", 320, False, N, "random-conv-v1"),
-        (CNN, 100, True, N, "too few test images: at least 128"),
-        (CNN, 140, True, 300, r"sample.n \(300\) must not exceed the 280 published training images"),
+        (320, False, N, "random-conv-v1"),
+        (100, True, N, "too few test images: at least 128"),
+        (140, True, 300, r"sample.n \(300\) must not exceed the 280 published training images"),
     ],
 )
-def test_unfit_image_sets_are_refused_before_the_work(pipeline, idle, chosen, n, labelled, sample_n, words):
+def test_unfit_image_sets_are_refused_before_the_work(pipeline, idle, n, labelled, sample_n, words):
     prepare(n, labelled)
-    choose([chosen], n=sample_n)
+    choose([CNN], n=sample_n)
     idle()
     with pytest.raises(UserError, match=words):
         reference.main()
 
 
 def test_samples_that_cannot_be_judged_stop_before_the_work(pipeline, monkeypatch, idle):
+    with pytest.raises(UserError, match=r"reference.json is missing: make it with `dvc repro reference`"):
+        judge(monkeypatch, "vae")
     reference.main()
     idle()
-    folder, images = Path("data/samples/vae/1"), pictures(N, 1)
+    folder, images = Path("data/samples/vae"), pictures(N, 1)
     for arrays, words in (
         ({"images": images[:100]}, "must hold sets of 150 images"),
         ({"images": images, "labels": np.zeros(N, np.int64)}, "all labelled or none"),
         ({"images": images.astype(np.float32)}, r"samples/vae/1: the images must be uint8"),
         ({"images": images[:, :, :20]}, r"\[N, 1, 28, 28\].*got \[150, 1, 20, 28\]"),
-        ({"pictures": images}, r"1/images.npy is missing: make it with `dvc repro -f sample_vae`"),
+        ({}, r"1/images.npy is missing: make it with `dvc repro -f sample_vae`"),
         ({"images": images, "labels": np.full(N, 10)}, r"samples/vae/1: labels must be .* from 0 to 9"),
     ):
-        shutil.rmtree(folder)
-        folder.mkdir()
+        shutil.rmtree(folder / "1")
+        (folder / "1").mkdir()
         for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
+            np.save(folder / "1" / f"{name}.npy", array)
         with pytest.raises(UserError, match=words):
             judge(monkeypatch, "vae")
-    shutil.rmtree("data/samples/vae")
-    draw("vae", labelled=False, n=200)
-    with pytest.raises(UserError, match="got 2 sets of 200 and 2 of 150: run `dvc repro`"):
-        judge(monkeypatch, "vae")
-
-
-def test_missing_or_damaged_files_name_the_stage_that_makes_them(pipeline, monkeypatch):
-    with pytest.raises(UserError, match=r"reference.json is missing: make it with `dvc repro reference`"):
-        judge(monkeypatch, "vae")
-    reference.main()
-    sampling, images = Path("data/samples/vae/sampling.json"), Path("data/samples/vae/1/images.npy")
-    for path, content, words in (
-        (images, images.read_bytes()[:5000], "damaged"),
-        (images, None, "images.npy is missing"),
-        (sampling, b"", "sampling.json is damaged"),
-        (sampling, b'{"n": 150}', "sampling.json is damaged"),
-        (sampling, None, "sampling.json is missing"),
+    for file, content, words in (
+        ("1/images.npy", b"", "damaged"),
+        ("sampling.json", b'{"n": 150}', "sampling.json is damaged"),
+        ("sampling.json", None, "sampling.json is missing"),
     ):
+        path = folder / file
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{words}.*dvc repro -f sample_vae"):
             judge(monkeypatch, "vae")
+    shutil.rmtree(folder)
+    draw("vae", labelled=False)
+    Path("data/reference", CNN, "features.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged.*`dvc repro -f reference`"):
+        judge(monkeypatch, "vae")
+    draw("vae", labelled=False, n=200)
+    with pytest.raises(UserError, match="got 2 sets of 200 and 2 of 150: run `dvc repro`"):
+        judge(monkeypatch, "vae")
 
 
 # From features to records
@@ -249,36 +228,3 @@ def test_position_is_0_at_the_floor_and_1_at_the_ceiling():
     found = position(spread([2.0, 12.0, 7.0, 1.0]), rows, "fd")
     assert found["position"]["values"] == [0, 1, 0.5, -0.1]
     assert (found["floor"], found["ceiling"]) == (2, 12)
-
-
-def test_headline_shows_means_and_the_distances_of_other_instruments():
-    first = {"fid": spread([3.0, 5.0]), "precision": spread([0.5, 0.5])}
-    scores = {"inception-v3": first, "b": {"fd": spread([1.0]), "precision": spread([0.1])}}
-    shown = headline(10, scores, 0.25, accuracy_score=None, label_accuracy=spread([0.5]))
-    assert shown == {
-        "n": 10,
-        "inception-v3": {"fid": 4, "precision": 0.5, "fid_std": pytest.approx(2**0.5)},
-        "b": {"fd": 1, "fd_std": 0},
-        "copies": 0.25,
-        "label_accuracy": 0.5,
-    }
-
-
-def view(name, classes, order):
-    logits = torch.eye(3, dtype=torch.float64)[order]
-    features = Features(torch.zeros(3, 2, dtype=torch.float64), logits)
-    instrument = Instrument({"name": name, "id": name, "classes": classes}, torch.nn.Identity())
-    return View(instrument, features, [features, features])
-
-
-def test_classes_come_from_the_first_instrument_that_knows_them():
-    blind, first = view("random-conv-v1", (), [0, 0, 0]), view("classifier", "abc", [2, 1, 0])
-    generated, real = predicted_classes([blind, first, view(CNN, "abc", [1, 1, 1])])
-    assert generated.tolist() == [2, 1, 0, 2, 1, 0] and real.tolist() == [2, 1, 0]
-    assert predicted_classes([blind]) is None
-
-
-def test_the_table_of_classes_leaves_out_those_without_a_distance():
-    classes = {"by": "label", "fid": {"a": {"fid": 1.5, "n": 25}, "b": {"n": 6}}}
-    assert class_table({"instruments": {"x": {"classes": classes}}}) == [("a", 1.5, 25)]
-    assert class_table({"instruments": {}}) == []

@@ -88,12 +88,11 @@ def put_latent_ddpm() -> Denoiser:
     return denoiser
 
 
-@pytest.mark.parametrize(("kind", "latents"), [("vae", False), ("ddpm", False), ("ddpm", True)])
+@pytest.mark.parametrize("kind", ["vae", "ddpm"])
 def test_a_folder_is_complete(
-    kind: str, latents: bool, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if latents:
-        put_latent_ddpm()
+    put_latent_ddpm()
     expected = rediffuse.load(kind).generate(5, seed=3)
     assert export(str(tmp_path / "out"), model=kind, form="folder") == tmp_path / "out"
     shutil.rmtree(checkout)
@@ -132,8 +131,7 @@ def drawn(pipeline: Any, steps: int = T, **more: Any) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize(("predict", "schedule"), [("eps", "linear"), ("x0", "cosine"), ("v", "sigmoid")])
 def test_diffusers_draws_the_images_of_our_ancestral_sampler(predict: str, schedule: str) -> None:
     denoiser = put_ddpm(predict=predict, schedule=schedule)
     assert (drawn(exported("bag")) - ours(denoiser, ddpm, T, CLASSES.index("Bag"))).abs().max() < 1e-4
@@ -155,8 +153,7 @@ def test_a_caller_may_ask_the_network_of_diffusers_for_labels() -> None:
 
 
 # With eps and eta = 0 all pixels would be black or white.
-@pytest.mark.parametrize(("predict", "eta"), [("eps", 0.5), ("x0", 0.0), ("x0", 1.0), ("v", 0.0), ("v", 1.0)])
-@pytest.mark.parametrize("steps", [20, 4])
+@pytest.mark.parametrize(("predict", "eta", "steps"), [("eps", 0.5, 20), ("x0", 0.0, 4), ("v", 1.0, 4)])
 def test_ddim_of_diffusers_draws_our_images_if_the_steps_divide_T(
     predict: str, eta: float, steps: int
 ) -> None:
@@ -208,17 +205,13 @@ def onnx(name: str, **inputs: Tensor | None) -> Tensor:
     return torch.from_numpy(output)
 
 
-SMALL = {"shape": [1, 8, 8], "fold": 1, "attention": 4, "class_names": [], "predict": "eps"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"shape": [3, 9, 7]}, SMALL], ids=["labels, odd", "no labels, fold 1"])
-def test_onnx_has_the_output_of_the_network_for_every_batch(changes: dict[str, Any]) -> None:
-    denoiser = put_ddpm(**changes)
+def test_onnx_has_the_output_of_the_network_for_every_batch() -> None:
+    denoiser = put_ddpm(shape=[3, 9, 7])
     export("out", model="ddpm", form="onnx")
-    for batch in (1, 2, 5, 64):
+    for batch in (1, 5):
         x_t, t = torch.randn(batch, *denoiser.shape), torch.randint(1, T + 1, (batch,))
-        labels = torch.randint(0, denoiser.classes + 1, (batch,)) if denoiser.classes else None
+        labels = torch.randint(0, denoiser.classes + 1, (batch,))
         with torch.inference_mode():
             expected = denoiser(x_t, t, labels)
         torch.testing.assert_close(onnx("model", x_t=x_t, t=t, labels=labels), expected, rtol=1e-4, atol=1e-5)
@@ -230,15 +223,14 @@ def test_onnx_has_the_output_of_the_network_for_every_batch(changes: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("channels", "class_names"), [(0, ["cat", "dog", "owl"]), (2, [])])
-def test_onnx_has_the_images_of_the_decoder_of_a_vae(channels: int, class_names: list[str]) -> None:
-    vae = make_vae(latent_channels=channels, shape=[3, 9, 7], class_names=class_names)
+def test_onnx_has_the_images_of_the_decoder_of_a_vae() -> None:
+    vae = make_vae(shape=[3, 9, 7], class_names=["cat", "dog", "owl"])
     save_model(vae, Path("data/models/vae"))
     export("out", model="vae", form="onnx")
     assert f"(batch, {vae.latent_dim})" in Path("out/README.md").read_text()
     for batch in (1, 7):
         z = 3 * torch.randn(batch, vae.latent_dim)
-        labels = torch.arange(batch) % len(class_names) if class_names else None
+        labels = torch.arange(batch) % 3
         with torch.inference_mode():
             expected = vae.decode(z, labels)
         torch.testing.assert_close(onnx("model", z=z, labels=labels), expected, rtol=1e-4, atol=1e-5)
@@ -333,9 +325,7 @@ def test_a_card_says_data_licence_scores_instrument_and_parameters(judged: Stage
     [
         ("train_ddpm", "outs", {"Data", "How to rebuild it"}),  # another model was trained there
         ("train_ddpm", "deps", {"Data"}),  # on other data
-        ("prepare", "outs", {"Data"}),
         ("sample_ddpm", "deps", {"Scores"}),  # the images that were judged are of another model
-        ("sample_ddpm", "outs", {"Scores"}),
         ("evaluate_ddpm", "deps", {"Scores"}),
         ("evaluate_ddpm", "outs", {"Scores"}),
     ],

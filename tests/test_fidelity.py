@@ -1,20 +1,13 @@
-"""The metrics against independent computations and closed forms, and the traps of torch-fidelity."""
+"""The metrics against independent computations and closed forms."""
 
 from __future__ import annotations
-
-import math
-import statistics
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
-from torch_fidelity import metric_kid, metric_prc
 
-from benchmarks.evaluation import plain
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import (
     SEED,
@@ -23,7 +16,6 @@ from rediffuse.evaluation.fidelity import (
     frechet_distance,
     inception_score,
     judge,
-    spread,
 )
 from rediffuse.evaluation.manifold import density_coverage
 from rediffuse.params import Evaluate
@@ -61,10 +53,6 @@ def changed(**settings: int) -> Evaluate:
     return SETTINGS.model_copy(update=settings)
 
 
-def permuted(of: Features, seed: int = 5) -> Features:
-    return of.take(torch.from_numpy(np.random.default_rng(seed).permutation(len(of))))
-
-
 def frechet_by_symmetric_roots(a: Matrix, b: Matrix) -> float:
     """|mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2 by symmetric eigenvalues."""
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
@@ -74,7 +62,7 @@ def frechet_by_symmetric_roots(a: Matrix, b: Matrix) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def test_frechet_distance_agrees_with_symmetric_roots_and_is_symmetric() -> None:
+def test_frechet_distance_agrees_with_symmetric_roots_and_is_symmetric():
     a, b = features(seed=1, mean=0.1), features(seed=2, noise=0.5)
     wanted = frechet_by_symmetric_roots(a.values.numpy(), b.values.numpy())
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
@@ -82,17 +70,10 @@ def test_frechet_distance_agrees_with_symmetric_roots_and_is_symmetric() -> None
     assert abs(frechet_distance(a, a)) < 1e-6
 
 
-def test_frechet_distance_of_gaussians_with_known_moments() -> None:
+def test_frechet_distance_of_gaussians_with_known_moments():
     values, scale, shift = white(200, 4), np.array([1.0, 2.0, 3.0, 0.5]), np.array([0.0, 1.0, -2.0, 0.5])
     found = frechet_distance(gaussian(values), gaussian(values * scale + shift))
     assert found == pytest.approx(((scale - 1) ** 2).sum() + (shift**2).sum(), rel=1e-9)
-
-
-def test_order_of_images_does_not_change_fd_precision_recall_density_coverage() -> None:
-    a, b = features(seed=1), features(seed=2, noise=0.5)
-    one, other = judge(a, b, SETTINGS), judge(permuted(a), permuted(b, seed=6), SETTINGS)
-    assert one["fd"] == pytest.approx(other["fd"], rel=1e-9)
-    assert all(one[name] == other[name] for name in SHARES)
 
 
 def balls(inside: Matrix, of: Matrix, k: int) -> float:
@@ -101,17 +82,14 @@ def balls(inside: Matrix, of: Matrix, k: int) -> float:
     return float((cdist(inside, of) <= radius).any(axis=1).mean())
 
 
-def test_precision_and_recall_agree_with_brute_force() -> None:
+def test_precision_and_recall_agree_with_brute_force():
     a, b = features(250, seed=1, mean=0.8), features(250, seed=2)
     found = judge(a, b, SETTINGS)
     assert found["precision"] == balls(a.values.numpy(), b.values.numpy(), 3)
     assert found["recall"] == balls(b.values.numpy(), a.values.numpy(), 3) != found["precision"]
-    narrow = Features(a.values * 0.1)  # precise, without variety
-    found = judge(narrow, b, SETTINGS)
-    assert found["precision"] > 0.95 and found["recall"] < 0.05
 
 
-def test_kid_agrees_with_an_own_unbiased_mmd() -> None:
+def test_kid_agrees_with_an_own_unbiased_mmd():
     n = 120
     a, b = features(n, seed=1, mean=0.3), features(n, seed=2)
     xx, yy, xy = ((u.values @ v.values.T / D + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
@@ -120,18 +98,8 @@ def test_kid_agrees_with_an_own_unbiased_mmd() -> None:
     assert found == pytest.approx(within - 2 * float(xy.mean()), rel=1e-9)
 
 
-def test_kid_is_the_mean_over_subsets_drawn_with_the_constant_seed() -> None:
-    a, b = features(300, seed=1, mean=0.3), features(250, seed=2)
-    random, each = np.random.RandomState(SEED), []
-    for _ in range(5):
-        i, j = (torch.from_numpy(random.choice(n, 100, replace=False)) for n in (300, 250))
-        each.append(judge(a.take(i), b.take(j), changed(kid_subsets=1))["kid"])
-    assert judge(a, b, SETTINGS)["kid"] == pytest.approx(np.mean(each), rel=1e-9) and len(set(each)) == 5
-
-
-def test_inception_score_agrees_with_its_formula_on_shuffled_splits() -> None:
+def test_inception_score_agrees_with_its_formula_on_shuffled_splits():
     logits = features(300).logits
-    assert logits is not None
     p = np.exp(logits.numpy())
     p /= p.sum(axis=1, keepdims=True)
     kl = (p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1)
@@ -141,32 +109,24 @@ def test_inception_score_agrees_with_its_formula_on_shuffled_splits() -> None:
     assert inception_score(logits, splits=4) == pytest.approx(np.mean(each), rel=1e-9)
 
 
-@pytest.mark.parametrize("mean", [0.0, 0.8])
-def test_density_and_coverage_agree_with_brute_force(mean: float) -> None:
-    a, b = features(250, seed=1, mean=mean).values, features(310, seed=2).values
+def test_density_and_coverage_agree_with_brute_force_in_blocks_too(monkeypatch):
+    a, b = features(1500, seed=1, mean=0.8).values, features(1700, seed=2).values
     for k in (1, 5):
         inside = cdist(a, b) < np.sort(cdist(b, b), axis=1)[:, k]  # column 0 is the image itself
         wanted = inside.sum() / (k * len(a)), inside.any(axis=0).mean()
         assert density_coverage(a, b, k) == pytest.approx(wanted, rel=1e-12)
         assert wanted[0] != wanted[1] and 0 < wanted[1] < 1
+    monkeypatch.setattr("rediffuse.evaluation.manifold.MEMORY", 1)  # MiB: 77 rows
+    assert density_coverage(a + 1e6, b + 1e6, 5) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_density_and_coverage_depend_on_neither_blocks_nor_origin(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = features(2000, seed=1, mean=0.8).values, features(2000, seed=2).values
-    whole = density_coverage(a, b, 5)
-    monkeypatch.setattr("rediffuse.evaluation.manifold.MEMORY", 1)  # MiB: 65 rows
-    assert density_coverage(a, b, 5) == whole
-    assert density_coverage(a[:250] + 1e6, b[:250] + 1e6, 5) == density_coverage(a[:250], b[:250], 5)
-
-
-def test_copies_of_the_real_images_have_density_one_and_coverage_one_exactly() -> None:
+def test_copies_of_the_real_images_have_density_one_and_coverage_one_exactly():
     # Each lies in its own ball, in k - 1 others, and on the boundary of another, which does not count.
-    for seed in range(5):
-        real = features(400, seed=seed, mean=100.0)
-        assert density_coverage(permuted(real).values, real.values, 5) == (1.0, 1.0)
+    real = features(400, mean=100.0).values
+    assert density_coverage(real.flip(0), real, 5) == (1.0, 1.0)
 
 
-def test_neighbours_are_counted_among_as_many_generated_as_real_images() -> None:
+def test_neighbours_are_counted_among_as_many_generated_as_real_images():
     a, b = features(300, seed=1, mean=0.8), features(200, seed=2)
     for generated, real in ((a, b), (b, a)):
         found = judge(generated, real, SETTINGS)
@@ -175,7 +135,7 @@ def test_neighbours_are_counted_among_as_many_generated_as_real_images() -> None
 
 
 @pytest.mark.parametrize(("n", "smallest"), [(500, 50), (200, 32), (36, 28.8)])  # N/10, 2d, 4N/5
-def test_fd_inf_agrees_with_an_own_fit_to_evenly_spaced_subsets(n: int, smallest: float) -> None:
+def test_fd_inf_agrees_with_an_own_fit_to_evenly_spaced_subsets(n, smallest):
     a, b, random = features(n, seed=1), features(200, seed=2), np.random.RandomState(SEED)
     sizes, values = np.linspace(smallest, n, 15).round().astype(int), a.values.numpy()
     subsets = [values[random.choice(n, size, replace=False)] for size in sizes[:-1]] + [values]
@@ -185,36 +145,21 @@ def test_fd_inf_agrees_with_an_own_fit_to_evenly_spaced_subsets(n: int, smallest
 
 
 @pytest.mark.parametrize("l", [np.full(12, 4.0), np.array([9.0, 4.0, 1.0, 0.01])])
-def test_expected_bias_of_gaussians_is_the_sum_over_pairs_of_eigenvalues(l: Matrix) -> None:  # noqa: E741
+def test_expected_bias_of_gaussians_is_the_sum_over_pairs_of_eigenvalues(l):  # noqa: E741
     n, m = 300, 20_000
     pairs = sum(a * b * (1 + (i == j)) / (2 * (a + b)) for i, a in enumerate(l) for j, b in enumerate(l))
     wanted = (1 / n + 1 / m) * (l.sum() + pairs)
-    assert expected_bias(gaussian(white(m, len(l)) * np.sqrt(l)), n) == pytest.approx(wanted, rel=0.01)
-
-
-def test_expected_bias_is_the_mean_distance_of_two_samples_of_one_distribution() -> None:
-    rng, std, found, expected = np.random.default_rng(11), np.logspace(0, -3, 8), [], []
-    for _ in range(2000):
-        generated, real = (gaussian(rng.logistic(size=(size, 8)) * std) for size in (200, 300))
-        found.append(frechet_distance(generated, real))
-        expected.append(expected_bias(real, 200))
-    mean = statistics.fmean(found)
-    assert statistics.stdev(found) / math.sqrt(len(found)) / mean < 0.025
-    assert statistics.fmean(expected) == pytest.approx(mean, rel=0.05)
-
-
-def test_features_that_never_change_do_not_change_the_expected_bias() -> None:
-    values = white(100, 4)
-    padded = np.concatenate([values, np.ones((100, 3))], axis=1)
-    assert expected_bias(gaussian(padded), 50) == pytest.approx(expected_bias(gaussian(values), 50), rel=1e-9)
-    assert expected_bias(gaussian(np.ones((100, 3))), 50) == 0
+    values = white(m, len(l)) * np.sqrt(l)
+    assert expected_bias(gaussian(values), n) == pytest.approx(wanted, rel=0.01)
+    padded = np.concatenate([values, np.ones((m, 3))], axis=1)  # features that never change add nothing
+    assert expected_bias(gaussian(padded), n) == pytest.approx(expected_bias(gaussian(values), n), rel=1e-9)
 
 
 def classes(*counts: int) -> torch.Tensor:
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
-def test_class_distances_are_those_of_the_classes_alone_and_left_out_where_too_few() -> None:
+def test_class_distances_are_those_of_the_classes_alone_and_left_out_where_too_few():
     a, b, names = features(300, seed=1, mean=0.2), features(300, seed=2), ("shirt", "bag", "coat", "boot")
     of_a, of_b = classes(100, 150, 2 * D - 1, 19), classes(200, 2 * D - 1, 69, 0)
     found = class_distances(a, of_a, b, of_b, names)
@@ -224,32 +169,11 @@ def test_class_distances_are_those_of_the_classes_alone_and_left_out_where_too_f
         "coat": {"n": 2 * D - 1},
         "boot": {"n": 19},
     }
-    order = torch.from_numpy(np.random.default_rng(5).permutation(300))
-    shuffled = class_distances(a.take(order), of_a[order], b, of_b, names)
-    assert shuffled["shirt"]["fd"] == pytest.approx(found["shirt"]["fd"], rel=1e-9)
 
 
-def test_spread_is_that_of_a_sample() -> None:
-    of_three = {"mean": 2.0, "std": 1.0, "min": 1.0, "max": 3.0, "values": [3.0, 1.0, 2.0]}
-    assert spread([3.0, 1.0, 2.0]) == of_three
-    assert spread([0.7]) == {"mean": 0.7, "std": 0.0, "min": 0.7, "max": 0.7, "values": [0.7]}
-    assert spread([0.1] * 3)["mean"] == 0.1  # a mean lies between the ends: not 0.10000000000000002
-
-
-def test_nothing_is_cached_printed_or_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    a, b = features(seed=1), features(seed=2, noise=0.5)
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
-    assert judge(a, b, SETTINGS) == judge(a, b, SETTINGS)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1] == np.random.get_state()[1].tolist()  # type: ignore[index]
-    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
-
-
-def test_how_the_features_lie_in_memory_changes_nothing() -> None:
+def test_scores_repeat_exactly_wherever_the_features_lie_and_draw_from_no_global_generator():
     a, b = features(600, seed=1), features(seed=2, noise=0.5)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     view = a.take(slice(None, None, 2))
     copy = Features(view.values.clone(), view.logits)
     by_column = Features(copy.values.T.contiguous().T, copy.logits)
@@ -258,18 +182,11 @@ def test_how_the_features_lie_in_memory_changes_nothing() -> None:
         assert judge(other, b, SETTINGS) == judge(copy, b, SETTINGS)
         assert judge(b, other, SETTINGS) == judge(b, copy, SETTINGS)
         assert expected_bias(other, 300) == expected_bias(copy, 300)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == np.random.get_state()[1].tolist()
 
 
-def test_the_public_function_of_torch_fidelity_gives_the_same_bits() -> None:
-    # The plain functions are semi-public: this notices a release that changes them, or its defaults.
-    a, b = features(seed=1), features(seed=2, noise=0.5)
-    found = judge(a, b, SETTINGS)
-    theirs = plain(a, b, isc_splits=4, kid_subsets=5, kid_subset_size=100, save_cpu_ram=True, verbose=False)
-    theirs |= {name: round(theirs[name] * 300) / 300 for name in ("precision", "recall")}  # through float32
-    assert {name: found[name] for name in theirs} == theirs
-
-
-def test_published_numbers_do_not_change() -> None:
+def test_published_numbers_do_not_change():
     # Values from torch-fidelity 0.4.0, numpy 2.4 and torch 2.14.
     found = judge(features(seed=1), features(seed=2, noise=0.5), SETTINGS)
     published = {"fd": 2.59661329383016, "kid": -1.017979139432058, "is": 4.885461400343745}
@@ -279,24 +196,6 @@ def test_published_numbers_do_not_change() -> None:
     without = judge(Features(features(seed=1).values), features(seed=2, noise=0.5), SETTINGS)
     assert without == {name: value for name, value in found.items() if name != "is"}  # which needs logits
     assert all(type(value) is float for value in found.values())
-
-
-@pytest.mark.parametrize(("library", "prefix"), [(metric_kid, "kid_"), (metric_prc, "prc_")])
-def test_torch_fidelity_reads_every_setting_that_it_is_given(
-    library: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # It would silently ignore a name that it does not read, and use the default of one that it is not given.
-    read: set[str] = set()
-    given: set[str] = set()
-
-    def get_kwarg(name: str, settings: dict[str, Any]) -> Any:
-        read.add(name)
-        given.update(settings)
-        return settings[name]
-
-    monkeypatch.setattr(library, "get_kwarg", get_kwarg)
-    judge(features(seed=1), features(seed=2), SETTINGS)
-    assert read == given and any(name.startswith(prefix) for name in read)
 
 
 @pytest.mark.parametrize(
@@ -309,12 +208,12 @@ def test_torch_fidelity_reads_every_setting_that_it_is_given(
         (110, {"density_neighbours": 110}, "evaluate.density_neighbours is 110"),
     ],
 )
-def test_too_few_images_are_refused_with_the_remedy(n: int, settings: dict[str, int], named: str) -> None:
+def test_too_few_images_are_refused_with_the_remedy(n, settings, named):
     with pytest.raises(UserError, match=f"{named}, got {n}.*raise sample.n"):
         judge(features(n), features(), changed(**settings))
 
 
-def test_features_that_are_broken_or_do_not_fit_are_refused() -> None:
+def test_features_that_are_broken_or_do_not_fit_are_refused():
     a, broken = features(), features()
     broken.values[7, 3] = float("nan")
     with pytest.raises(UserError, match="features of 1 of the 300 generated images are not finite"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -46,11 +47,6 @@ def write(source: Path, target: Path, **changes: Any) -> tuple[dict[str, ImageSe
     return {name: load_split(target, name, classes) for name in SPLITS}, about
 
 
-def where(splits: dict[str, ImageSet]) -> dict[bytes, str]:
-    """The split of each image."""
-    return {image.tobytes(): name for name, split in splits.items() for image in split.images}
-
-
 # What is found
 
 
@@ -86,48 +82,64 @@ def test_formats(tmp_path, suffix):
     assert abs(decode(path, (3, 20, 20)).astype(int) - expected).mean() <= tolerance
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda folder: None, "data.path .* must be a folder of images"),
-        (lambda folder: folder.mkdir(), "data.path .* holds no images.*dvc add"),
-        (lambda folder: (fill(folder, 2), fill(folder / "a", 3)), "2 images beside sub-folders with 3 more"),
-    ],
-    ids=["missing", "empty", "mixed"],
-)
-def test_a_folder_that_cannot_be_meant_is_refused(tmp_path, make, words):
+def damaged(folder: Path, n: int) -> None:
+    """Add n images that are cut off, and one that is not."""
+    whole = (fill(folder, n + 1) / "0000.png").read_bytes()
+    for i in range(n):
+        (folder / f"{i:04}.png").write_bytes(whole[: len(whole) // 2])
+
+
+MISTAKES = {
+    "missing": (lambda folder: None, {}, "data.path .* must be a folder of images"),
+    "empty": (lambda folder: folder.mkdir(), {}, "data.path .* holds no images.*dvc add"),
+    "mixed": (lambda folder: (fill(folder, 2), fill(folder / "a", 3)), {}, "2 images beside .* with 3 more"),
+    "name": (lambda folder: fill(folder / os.fsdecode(b"caf\xe9"), 2), {}, "data.path .*UTF-8: rename it"),
+    "sizes": (
+        lambda folder: (fill(folder, 2, width=28), fill(folder, 1, first=2, width=30)),
+        {"size": 0},
+        r"28x20 to 30x20: set data\.size",
+    ),
+    "large": (
+        lambda folder: fill(folder, 2, width=300, height=200),
+        {"size": 0},
+        r"300x200, and must have 16 to 128 pixels a side: set data\.size",
+    ),
+    "damaged": (
+        lambda folder: damaged(folder, 9),
+        {},
+        r"9 of 10 images in data\.path.*(\n  .*000\d.png.*){5}\n  and 4 more",
+    ),
+    "split": (
+        lambda folder: fill(folder, 10),
+        {"validation_share": 1e-9},
+        r"0 in validation, 2 in test; .* data\.split_seed, raise data\.validation_share",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "changes", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, make, changes, words):
     make(tmp_path / "in")
     with pytest.raises(UserError, match=words):
-        find_images(tmp_path / "in")
+        write(tmp_path / "in", tmp_path / "out", **changes)
 
 
 # How it is decoded
 
 
-@pytest.mark.parametrize("turn", [None, Image.Transpose.ROTATE_90])
-def test_the_largest_square_around_the_centre_is_resized(tmp_path, turn):
+def test_the_largest_square_around_the_centre_is_resized(tmp_path):
     image = Image.new("RGB", (60, 20), "red")
     image.paste("blue", (20, 0, 40, 20))  # the square in the middle
-    (image if turn is None else image.transpose(turn)).save(tmp_path / "a.png")
-    assert (decode(tmp_path / "a.png", (3, 16, 16)) == np.array([0, 0, 255]).reshape(3, 1, 1)).all()
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        turned.save(tmp_path / "a.png")
+        assert (decode(tmp_path / "a.png", (3, 16, 16)) == np.array([0, 0, 255]).reshape(3, 1, 1)).all()
 
 
-def test_an_image_of_the_right_size_keeps_its_pixels(tmp_path):
-    pixels = np.random.RandomState(0).randint(0, 256, (24, 24, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(decode(tmp_path / "a.png", (3, 24, 24)), pixels.transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_holds_for_pixels_and_survey(tmp_path, orientation):
-    upright, turn = picture(3, 32, 24), Image.Transpose
-    stored = [
-        *(None, None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM),
-        *(turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270),
-    ][orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    (upright if stored is None else upright.transpose(stored)).save(tmp_path / "a.png", exif=exif)
+@pytest.mark.parametrize(("code", "turn"), [(2, "FLIP_LEFT_RIGHT"), (3, "ROTATE_180"), (6, "ROTATE_90")])
+def test_the_exif_orientation_holds_for_pixels_and_survey(tmp_path, code, turn):
+    upright, exif = picture(3, 32, 24), Image.Exif()
+    exif[0x0112] = code
+    upright.transpose(Image.Transpose[turn]).save(tmp_path / "a.png", exif=exif)
     assert module.survey([str(tmp_path / "a.png")], 0, "auto") == (3, 24, 32)
     expected = np.asarray(upright).transpose(2, 0, 1)
     np.testing.assert_array_equal(decode(tmp_path / "a.png", (3, 24, 32)), expected)
@@ -157,61 +169,26 @@ def test_grey_files_stay_grey_unless_channels_says_otherwise(tmp_path):
     assert write(grey, tmp_path / "out", channels=1)[0]["train"].shape == (1, 16, 16)
 
 
-def test_images_of_one_size_can_keep_it(tmp_path):
-    folder = fill(tmp_path / "in", 30, width=28, height=24)
-    splits, about = write(folder, tmp_path / "out", size=0)
-    assert splits["train"].shape == (3, 24, 28) and about["resize"] == "none"
-    fill(folder, 1, first=40, width=30)
-    with pytest.raises(UserError, match=r"28x24 to 30x20: set data\.size"):
-        write(folder, tmp_path / "out", size=0)
-    with pytest.raises(UserError, match=r"300x200, and must have 16 to 128 pixels a side: set data\.size"):
-        write(fill(tmp_path / "large", 2, width=300, height=200), tmp_path / "out", size=0)
-
-
-def test_damaged_files_are_counted_and_named(tmp_path):
-    folder = fill(tmp_path / "in", 3)
-    whole = (folder / "0001.png").read_bytes()
-    (folder / "0001.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"1 of 3 images.*\n.*0001.png"):
-        write(folder, tmp_path / "out")
-    for i in range(8):
-        (folder / f"bad{i}.png").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"9 of 11 images.*(\n  .*(0001|bad\d).png.*){5}\n  and 4 more"):
-        write(folder, tmp_path / "out")
-
-
 # Where it goes
 
 
-def test_the_files_are_those_of_a_set_in_memory(tmp_path):
-    for i, name in enumerate("ab"):
-        fill(tmp_path / "in" / name, 20, first=100 * i)
-    splits, _ = write(tmp_path / "in", tmp_path / "out")
-    save_images(tmp_path / "saved", splits, {"classes": ["a", "b"]})
-    for name in SPLITS:
-        for file in ("images.npy", "labels.npy"):
-            path = Path(name, file)
-            assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "saved" / path).read_bytes()
+def test_the_split_of_an_image_depends_only_on_its_pixels(tmp_path):
+    """Images that are added, renamed or removed move no other, and a copy is in the same split."""
 
+    def splits() -> set[tuple[bytes, str]]:
+        found, _ = write(folder, tmp_path / "out")
+        assert sum(map(len, found.values())) == len([*folder.iterdir()])
+        return {(image.tobytes(), name) for name, split in found.items() for image in split.images}
 
-def test_an_image_that_is_added_moves_no_other(tmp_path):
     folder = fill(tmp_path / "in", 60)
-    before = where(write(folder, tmp_path / "out")[0])
+    before = splits()
     fill(folder, 5, first=100)
     (folder / "0007.png").rename(folder / "zzz.png")
     (folder / "0008.png").unlink()
-    after = where(write(folder, tmp_path / "out")[0])
-    assert len(before) == 60 and len(after) == 64
-    assert all(before[image] == split for image, split in after.items() if image in before)
-
-
-def test_equal_images_are_never_in_two_splits(tmp_path):
-    folder = fill(tmp_path / "in", 40)
     for path in list(folder.iterdir()):
         shutil.copy(path, folder / f"copy-{path.name}")
-    splits, _ = write(folder, tmp_path / "out")
-    assert sum(map(len, splits.values())) == 80
-    assert len({(image.tobytes(), name) for name, split in splits.items() for image in split.images}) == 40
+    after = splits()
+    assert len(before) == 60 and len(after) == 64 and len(before - after) == 1
 
 
 def test_shares_are_kept_and_another_seed_divides_anew():
@@ -225,27 +202,18 @@ def test_shares_are_kept_and_another_seed_divides_anew():
     assert abs(both / n - 0.0625) < 4 * (0.0625 * 0.9375 / n) ** 0.5  # independent
 
 
-def test_an_empty_split_is_refused(tmp_path):
-    words = r"0 in validation, 2 in test; .*at least.* data\.split_seed, raise data\.validation_share"
-    with pytest.raises(UserError, match=words):
-        write(fill(tmp_path / "in", 10), tmp_path / "out", validation_share=1e-9)
-
-
-def test_few_images_and_large_splits_are_warned_of(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MANY", 5)
-    write(fill(tmp_path / "in", 30), tmp_path / "out")
-    warnings = capsys.readouterr().err
-    assert "warning: 30 images are few" in warnings and "lower data.test_share" in warnings
-
-
-def test_the_same_folder_gives_the_same_bytes_and_no_path(tmp_path):
-    folder = fill(tmp_path / "in", 40, suffix=".jpg", width=50)
-    _, about = write(folder, tmp_path / "one")
-    _, again = write(folder.rename(tmp_path / "elsewhere"), tmp_path / "two")
+def test_the_files_are_those_of_a_set_in_memory_wherever_the_folder_is(tmp_path, capsys):
+    for i, name in enumerate("ab"):
+        fill(tmp_path / "in" / name, 20, first=100 * i, suffix=".jpg", width=50)
+    splits, about = write(tmp_path / "in", tmp_path / "out")
+    assert "warning: 40 images are few" in capsys.readouterr().err
+    save_images(tmp_path / "saved", splits, {"classes": ["a", "b"]})
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    _, again = write(tmp_path / "elsewhere", tmp_path / "again")
     assert about == again and str(tmp_path) not in json.dumps(about)
-    for name in SPLITS:
-        one, two = (tmp_path / run / name / "images.npy" for run in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
+    for path in (Path(name, file) for name in SPLITS for file in ("images.npy", "labels.npy")):
+        saved = (tmp_path / "saved" / path).read_bytes()
+        assert saved == (tmp_path / "out" / path).read_bytes() == (tmp_path / "again" / path).read_bytes()
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
@@ -266,16 +234,3 @@ def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(map(len, splits.values())) == 6000 and peak < 60 * 2**20
-
-
-def test_a_path_takes_little_memory(tmp_path):
-    """10 million images of 150 bytes each are 1.5 GB."""
-    for i in range(4000):
-        place = tmp_path / f"class {i % 10}" / f"{i:08}.png"
-        place.parent.mkdir(exist_ok=True)
-        place.touch()
-    tracemalloc.start()
-    paths, _, classes = find_images(tmp_path)
-    taken, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(paths) == 4000 and len(classes) == 10 and taken / 4000 < 150 + len(str(tmp_path))

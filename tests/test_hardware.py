@@ -1,7 +1,6 @@
 """What makes training fast does not change what is learnt: compiled networks, CUDA."""
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,11 @@ def test_networks_are_compiled_on_cuda_or_if_asked_for(monkeypatch, on, wanted, 
     assert len(compiled) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_network_computes_the_same_under_the_same_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a killed process may leave a damaged cache
+def test_a_compiled_network_computes_the_same_under_the_same_names(monkeypatch):
+    """Without the compiler of kernels, which takes half a minute; the GPU tests have it."""
+    compile = nn.Module.compile
+    eager = lambda module, **how: compile(module, backend="aot_eager", **how)  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", eager)
     torch.manual_seed(0)
     model = nn.ModuleDict({"block": ResidualBlock(8, 16, 4, attention=True, dropout=0.0)})
     for parameter in model.parameters():
@@ -84,12 +84,6 @@ def weights_after(trainer: Trainer[Any], steps: int) -> Tensor:
     for _ in range(steps):
         trainer._step()
     return torch.cat([parameter.detach().flatten().cpu() for parameter in trainer.model.parameters()])
-
-
-@pytest.mark.parametrize("group", ["vae", "ddpm"])
-def test_the_models_of_the_gpu_tests_train(group):
-    trainer = trainer_on("cpu", group)
-    assert not torch.equal(weights_after(trainer, 0), weights_after(trainer, 1))
 
 
 @pytest.mark.gpu

@@ -64,13 +64,12 @@ def pixels(n: int) -> Tensor:
     return VALUES[torch.multinomial(P, n, replacement=True, generator=generator(1))].reshape(-1, 1, 10, 10)
 
 
-@pytest.mark.parametrize("T", [100, 1000])
-def test_the_bound_of_the_true_denoiser_nears_the_probability_from_above(T: int) -> None:
-    x_0 = pixels(10_000)
+def test_the_bound_of_the_true_denoiser_nears_the_probability_from_above() -> None:
+    T, x_0 = 1000, pixels(1000)
     truth = -P.log2()[((x_0 + 1) * (LEVELS - 1) / 2).round().long()].mean().item()
     even_in_log_snr = torch.linspace(14, -14, T, dtype=f64)
     schedule = Schedule(torch.cat([torch.tensor([math.inf], dtype=f64), even_in_log_snr]))
-    bound = variational_bound(pixel_denoiser(schedule), schedule, x_0, None, generator()).total.mean().item()
+    bound = variational_bound(pixel_denoiser(schedule), schedule, x_0, None, generator()).mean().item()
     # Where pixels look Gaussian, a step of h in log SNR costs (exp(h) - 1 - h) / 2 nats too much, on at most
     # 14 / h steps to SNR 1.
     h = 28 / (T - 1)
@@ -80,14 +79,14 @@ def test_the_bound_of_the_true_denoiser_nears_the_probability_from_above(T: int)
 def test_the_bound_from_some_times_is_unbiased() -> None:
     schedule, x_0 = Schedule.make("cosine", 60), pixels(400)
     denoise = pixel_denoiser(schedule)
-    whole = variational_bound(denoise, schedule, x_0, None, generator()).diffusion.mean()
+    whole = variational_bound(denoise, schedule, x_0, None, generator()).mean()
     parts = []
     for seed in range(200):
         random = generator(seed)
         times = stratified_times(60, 6, random)
-        parts.append(variational_bound(denoise, schedule, x_0, None, random, times=times).diffusion.mean())
+        parts.append(variational_bound(denoise, schedule, x_0, None, random, times=times).mean())
     found = torch.stack(parts)
-    assert abs(found.mean() - whole) < 4 * found.std() / math.sqrt(len(found)) + 0.02 * whole
+    assert abs(found.mean() - whole) < 4 * found.std() / math.sqrt(len(found)) + 0.008 * whole
 
 
 def test_stratified_times_cover_2_to_T_evenly() -> None:
@@ -97,8 +96,6 @@ def test_stratified_times_cover_2_to_T_evenly() -> None:
         assert [(t - 2) // 3 for t in times] == [0, 1, 2]
         counts[times] += 1
     assert counts[:2].sum() == 0 and (counts[2:] / 2000 - 1 / 3).abs().max() < 0.05
-    with pytest.raises(ValueError, match=r"between 1 and T - 1 \(9\), got 10"):
-        stratified_times(10, 10, torch.Generator())
 
 
 # Inpainting and inversion of a Gaussian
@@ -110,10 +107,8 @@ COVARIANCE = torch.tensor([[0.3, 0.2], [0.2, 0.25]], dtype=f64)
 def gaussian_denoiser(schedule: Schedule) -> Denoise:
     def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         alpha_bar = schedule.alpha_bar[t[0]].item()
-        alpha, of_x_t = (
-            math.sqrt(alpha_bar),
-            alpha_bar * COVARIANCE + (1 - alpha_bar) * torch.eye(2, dtype=f64),
-        )
+        of_x_t = alpha_bar * COVARIANCE + (1 - alpha_bar) * torch.eye(2, dtype=f64)
+        alpha = math.sqrt(alpha_bar)
         return MEAN + (x_t - alpha * MEAN) @ (alpha * COVARIANCE @ torch.linalg.inv(of_x_t)).T
 
     return denoise
@@ -213,7 +208,7 @@ def test_bits_are_those_of_the_bounds(checkout: Path) -> None:
         eps = torch.randn(64, vae.latent_dim, generator=shard_generator(7, 0))
         nats = elbo(vae, to_unit(shard), eps).total[:2]
         random, x_0 = shard_generator(7, 0), to_signed(shard)
-        bound = variational_bound(guided(denoiser), denoiser.schedule, x_0, None, random).total[:2]
+        bound = variational_bound(guided(denoiser), denoiser.schedule, x_0, None, random)[:2]
     expected = {"vae": [bits_per_dim(vae, each) for each in nats.tolist()], "ddpm": bound.tolist()}
     for model, bits in expected.items():
         assert rediffuse.load(model).nll(images, seed=7).tolist() == pytest.approx(bits)
@@ -271,51 +266,31 @@ def arrays(*arguments: str) -> NDArray[np.uint8]:
         return np.asarray(file["images"])
 
 
-def files(n: int, side: int = 8) -> list[str]:
-    for i in range(n):
+def files(n: int, side: int = 8, prefix: str = "") -> list[str]:
+    names = [f"{prefix}{i}.png" for i in range(n)]
+    for i, name in enumerate(names):
         pixels = np.random.RandomState(i).randint(0, 256, (side, side)).astype(np.uint8)
-        Image.fromarray(pixels).save(f"{i}.png")
-    return [f"{i}.png" for i in range(n)]
+        Image.fromarray(pixels).save(name)
+    return names
 
 
 @pytest.mark.usefixtures("checkout")
-@pytest.mark.parametrize("n", [1, 3, 10, 13])
-def test_reconstruct_shows_images_above_what_comes_back(n: int) -> None:
-    back = arrays("reconstruct", *files(n), "--model", "vae")
-    assert back.shape == (n, *SHAPE)
-    run("reconstruct", "out.png", *files(n), "--model", "vae")
-    picture = np.asarray(Image.open("out.png"))
-    for i in range(n):
-        y, x = 2 + 36 * (i // 10), 2 + 18 * (i % 10)
-        assert np.array_equal(picture[y : y + 16 : 2, x : x + 16 : 2], np.asarray(Image.open(f"{i}.png")))
-        assert np.array_equal(picture[y + 18 : y + 34 : 2, x : x + 16 : 2], back[i, 0])
-
-
-@pytest.mark.usefixtures("checkout")
-def test_interpolate_takes_images_and_seeds() -> None:
-    a, b = files(2, side=20)
-    for ends in ((a, b), (a, "4"), ("3", "4")):
+def test_the_commands_write_images_and_print_bits() -> None:
+    (a, b), (large, _) = files(2), files(2, side=20, prefix="large-")
+    assert arrays("reconstruct", a, b, "--model", "vae").shape == (2, *SHAPE)
+    run("reconstruct", "out.png", a, b, "--model", "vae")
+    assert np.array_equal(np.asarray(Image.open("out.png"))[2:18:2, 2:18:2], np.asarray(Image.open(a)))
+    for ends in ((a, large), (a, "4"), ("3", "4")):
         found = arrays("interpolate", *ends, "-n", "5", "--steps", "3", "--label", "bag")
         assert found.shape == (5, *SHAPE)
-
-
-@pytest.mark.usefixtures("checkout")
-def test_inpaint_reads_a_mask() -> None:
-    [image] = files(1)
     Image.fromarray(np.repeat([[0] * 4 + [255] * 4], 8, 0).astype(np.uint8)).save("mask.png")
-    found = arrays("inpaint", image, "mask.png", "-n", "2", "--steps", "3", "--rounds", "2")
-    assert (found[:, 0, :, :4] == np.asarray(Image.open(image))[:, :4]).all()
-
-
-@pytest.mark.usefixtures("checkout")
-def test_nll_prints_a_line_for_each_image_and_their_mean() -> None:
-    names = files(2)
-    lines = run("nll", *names, "--evaluations", "3").splitlines()
-    found = json.loads(run("nll", *names, "--evaluations", "3", "--json"))
-    assert list(found["images"]) == names and [line.split()[1] for line in lines[:2]] == names
-    assert found["mean"] == pytest.approx(sum(found["images"].values()) / 2)
-    expected = [*found["images"].values(), found["mean"]]
+    found = arrays("inpaint", a, "mask.png", "-n", "2", "--steps", "3", "--rounds", "2")
+    assert (found[:, 0, :, :4] == np.asarray(Image.open(a))[:, :4]).all()
+    bits = json.loads(run("nll", a, b, "--evaluations", "3", "--json"))
+    assert list(bits["images"]) == [a, b]
+    assert bits["mean"] == pytest.approx(sum(bits["images"].values()) / 2)
+    lines = run("nll", a, b, "--evaluations", "3").splitlines()
+    expected = [*bits["images"].values(), bits["mean"]]
     assert [float(line.split()[0]) for line in lines] == pytest.approx(expected, abs=6e-4)
     Path("a.png").write_text("no image")
-    output = CliRunner().invoke(main, ["nll", names[0], "a.png", "missing.png"]).output
-    assert "a.png" in output and "missing.png" in output and names[0] not in output
+    assert "a.png cannot be read" in CliRunner().invoke(main, ["nll", a, "a.png"]).output

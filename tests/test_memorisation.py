@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 from rediffuse.evaluation import anchors
 from rediffuse.evaluation import memorisation as module
@@ -60,41 +57,32 @@ def check(images: np.ndarray, train: np.ndarray, k: int = 2) -> None:
     np.testing.assert_array_equal(squared, np.take_along_axis(distances, order, axis=1))
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 32, 32), (3, 32, 32), (1, 29, 37)])
-def test_distances_are_exact_at_the_ends_of_the_range_and_beyond_1024_pixels(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 29, 37)])
+def test_distances_are_exact_at_the_ends_of_the_range_and_beyond_1024_pixels(shape):
     # Black, white, both with one pixel changed by one level, and nearly black or white; sums above 2^24.
     almost = np.repeat(np.zeros((1, *shape), np.uint8), 5, axis=0)
     almost.reshape(5, -1)[range(4), range(4)] = 1
     dark, other = (noise(8, shape, seed=seed, levels=20) for seed in (3, 4))
     train = np.concatenate([255 - almost, almost, dark, 255 - dark, noise(20, shape)])
     binary = noise(5, shape, seed=2, levels=2) * 255
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        check(np.concatenate([almost, 255 - almost, other, 255 - other, binary]), train, k=len(train))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    check(np.concatenate([almost, 255 - almost, other, 255 - other, binary]), train, k=len(train))
 
 
-def test_distances_of_images_so_large_that_int32_would_overflow() -> None:
+def test_distances_of_images_so_large_that_int32_would_overflow():
     train = np.concatenate([np.full((1, 3, 150, 150), shade, np.uint8) for shade in (255, 0, 128, 1)])
     check(train[::-1], train, k=4)
     assert nearest(train[:1], train, k=4)[0][0, -1] == 67_500 * 255**2 > 2**31
 
 
-def test_equally_near_training_images_come_in_the_order_of_their_indices(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_equally_near_training_images_come_in_the_order_of_their_indices(monkeypatch):
     train, images = (noise(n, (1, 2, 2), seed=seed, levels=3) for n, seed in ((40, 0), (50, 1)))  # many ties
     for columns in (1, 3, 40):
         monkeypatch.setattr(module, "COLUMNS", columns)
         check(images, train, k=7)
 
 
-@pytest.mark.parametrize(("rows", "columns", "pixels"), [(1, 1, 2**25), (7, 3, 2**25), (1024, 2048, 5 * 64)])
-def test_blocks_and_memory_maps_change_nothing(
-    rows: int, columns: int, pixels: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("rows", "columns", "pixels"), [(7, 3, 2**25), (1024, 2048, 5 * 64)])
+def test_blocks_and_memory_maps_change_nothing(rows, columns, pixels, monkeypatch, tmp_path):
     images, train = clusters(50, seed=0), clusters(60, seed=1)
     np.save(tmp_path / "train.npy", train)
     whole = Neighbourhood.of(images, train)
@@ -107,19 +95,7 @@ def test_blocks_and_memory_maps_change_nothing(
         np.testing.assert_array_equal(getattr(whole.take(slice(20, 40)), name), getattr(alone, name))
 
 
-def test_an_image_can_be_kept_from_being_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, rows = noise(50, levels=30), np.array([7, 3, 31, 49, 0])
-    train[31] = train[7]  # a true duplicate stays a neighbour at distance 0
-    monkeypatch.setattr(module, "COLUMNS", 16)
-    distances = brute_force(train[rows], train)
-    distances[range(5), rows] = 2**40
-    squared, index = nearest(train[rows], train, k=1, itself=rows)
-    np.testing.assert_array_equal(index[:, 0], distances.argmin(axis=1))
-    np.testing.assert_array_equal(squared[:, 0], distances.min(axis=1))
-    assert index[0, 0] == 31 and index[2, 0] == 7 and squared[0, 0] == 0
-
-
-def test_scores_agree_with_brute_force() -> None:
+def test_scores_agree_with_brute_force():
     train, test = clusters(300, seed=0), clusters(90, seed=1)
     generated = np.concatenate([clusters(80, seed=2), train[:5], (train[10:30] // 2 + train[11:31] // 2)])
     found = memorisation(Neighbourhood.of(generated, train), Neighbourhood.of(test, train))
@@ -132,65 +108,29 @@ def test_scores_agree_with_brute_force() -> None:
     assert found["authentic"] == (one > np.sqrt(among.min(axis=1))[distances.argmin(axis=1)]).mean()
     assert found["distance"] == pytest.approx(np.median(one) / 8, rel=1e-12)  # 64 pixels
     assert found["ratio_to_test"] == pytest.approx(np.median(one) / np.median(of_test), rel=1e-12)
+    assert found["mann_whitney_z"] == mann_whitney_z((one**2).round(), (of_test**2).round()) < 0
     assert 0 < found["authentic"] < 1 and 5 / 105 <= found["copies"] < 1
 
 
-def test_planted_copies_are_found() -> None:
-    rng, train, test = np.random.default_rng(5), noise(400), noise(200, seed=1)
-    copied = rng.permutation(400)[:60]
-    exact, noised = train[copied[:20]], train[copied[20:]].astype(int) + rng.integers(-2, 3, (40, *SHAPE))
-    generated = np.concatenate([noise(140, seed=2), exact, noised.clip(0, 255).astype(np.uint8)])
-    neighbourhood = Neighbourhood.of(generated, train)
-    found = memorisation(neighbourhood, Neighbourhood.of(test, train))
-    assert (found["duplicates"], found["copies"]) == (20 / 200, 60 / 200) and found["mann_whitney_z"] < -3
-    assert {each["index"] for each in closest(neighbourhood, 60)} == set(range(140, 200))
-    assert [each["index"] for each in closest(neighbourhood, 20)] == list(range(140, 160))  # all at 0
-    assert (neighbourhood.index[140:, 0] == copied).all()
-
-
-def test_the_closest_name_their_neighbours_and_ratios() -> None:
+def test_the_closest_name_their_neighbours_and_ratios():
     neighbourhood = Neighbourhood.of(flat(40, 220, 90), flat(0, 100, 220))
     found = closest(neighbourhood, 2)
     assert found[0] == {"index": 1, "nearest": [2, 1], "ratio": 0.0}
     assert found[1] == {"index": 2, "nearest": [1, 0], "ratio": pytest.approx(10 / 90)}
     assert neighbourhood.distance.tolist() == [40, 0, 10]
-    assert json.loads(json.dumps(closest(neighbourhood, 3))) == closest(neighbourhood, 3)
 
 
-def test_memorised_unseen_and_distant_images_are_told_apart() -> None:
-    train, test = clusters(1000, seed=0), clusters(500, seed=1)
-    unseen, z = Neighbourhood.of(test, train), "mann_whitney_z"
-    copied, fresh, distant, itself = (
-        memorisation(Neighbourhood.of(images, train), unseen)
-        for images in (train[:300], clusters(500, seed=2), noise(200, seed=3), test)
-    )
-    assert copied.pop(z) < -20 and list(copied.values()) == [1, 1, 0, 0, 0]
-    assert fresh["duplicates"] == 0 and abs(fresh[z]) < 3 and abs(fresh["ratio_to_test"] - 1) < 0.1
-    assert itself[z] == 0 and itself["ratio_to_test"] == 1
-    assert abs(fresh["authentic"] - itself["authentic"]) < 0.1
-    assert distant["duplicates"] == distant["copies"] == 0 and distant["authentic"] == 1
-    assert distant["ratio_to_test"] > 1 and distant[z] > 10
-
-
-def test_a_copy_of_an_image_that_the_training_set_holds_twice_is_a_copy() -> None:
-    train = noise(50)
-    train[20] = train[3]
-    neighbourhood = Neighbourhood.of(np.stack([train[3], noise(1, seed=9)[0]]), train)
-    assert neighbourhood.index[0].tolist() == [3, 20] and neighbourhood.ratio[0] == 0
-    found = memorisation(neighbourhood, Neighbourhood.of(noise(20, seed=4), train))
-    assert (found["duplicates"], found["copies"], found["authentic"]) == (0.5, 0.5, 0.5)
-
-
-def test_a_third_of_the_distance_is_not_yet_a_copy() -> None:
+def test_a_third_of_the_distance_is_not_yet_a_copy_and_an_image_that_is_there_twice_is_one():
     image = np.array([1, 0], np.uint8).reshape(1, 1, 1, 2)
-    for second, copies in ((4, 0), (5, 1)):  # 1 from the first, 3 or 4 from the second
-        train = np.array([[0, 0], [second, 0], [200, 200]], np.uint8).reshape(3, 1, 1, 2)
+    for second, copies in (([4, 0], 0), ([5, 0], 1), ([1, 0], 1)):  # 3, 4 or 0 from the image
+        first = [1, 0] if second == [1, 0] else [0, 0]
+        train = np.array([first, second, [200, 200]], np.uint8).reshape(3, 1, 1, 2)
         test = Neighbourhood.of(train + np.uint8(20), train)
         assert memorisation(Neighbourhood.of(image, train), test)["copies"] == copies
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])
-def test_z_agrees_with_scipy_and_changes_sign_with_the_roles(levels: int) -> None:
+def test_z_agrees_with_scipy_and_changes_sign_with_the_roles(levels):
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, levels, 150), rng.integers(0, levels, 110) + max(1, levels // 8)
     test = partial(scipy.stats.mannwhitneyu, use_continuity=False, method="asymptotic", alternative="less")
@@ -199,7 +139,7 @@ def test_z_agrees_with_scipy_and_changes_sign_with_the_roles(levels: int) -> Non
     assert mann_whitney_z(np.full(9, 4), np.full(5, 4)) == 0
 
 
-def test_a_neighbourhood_comes_back_from_disk_or_is_refused(tmp_path: Path) -> None:
+def test_a_neighbourhood_comes_back_from_disk_or_is_refused(tmp_path):
     path, neighbourhood = tmp_path / "a", Neighbourhood.of(clusters(30, seed=0), clusters(40, seed=1))
     with pytest.raises(UserError, match=r"is missing: make it with `dvc repro reference`"):
         load_neighbourhood(path)
@@ -209,29 +149,18 @@ def test_a_neighbourhood_comes_back_from_disk_or_is_refused(tmp_path: Path) -> N
     assert path.read_bytes() == whole and (read.train, read.pixels) == (40, 64)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(read, name), getattr(neighbourhood, name))
-    renamed = whole.replace(b"sizes", b"seizs"), whole.replace(b"spacing", b"spicing")
-    for content in (whole[:-9], b"", *renamed):
+    for content in (whole[:-9], whole.replace(b"sizes", b"seizs")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"is damaged .*`dvc repro -f reference`"):
             load_neighbourhood(path)
 
 
-@pytest.mark.parametrize(
-    ("images", "train", "message"),
-    [
-        (noise(3).astype(np.float32), noise(5), "the samples must be .* got float32"),
-        (noise(0), noise(5), r"got uint8 \[0, 1, 8, 8\]"),
-        (noise(3, (1, 8, 9)), noise(5), r"one shape .* got \[1, 8, 9\] and \[1, 8, 8\]"),
-        (noise(3), noise(2), "at least 3 training images, got 2"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(images: np.ndarray, train: np.ndarray, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Neighbourhood.of(images, train, title="samples")
-
-
-def test_other_training_images_and_a_test_set_that_repeats_them_are_refused() -> None:
+def test_images_that_cannot_be_compared_are_refused():
     train, images = noise(40), noise(5, seed=1)
+    with pytest.raises(UserError, match=r"one shape .* got \[1, 8, 9\] and \[1, 8, 8\]"):
+        Neighbourhood.of(noise(3, (1, 8, 9)), train)
+    with pytest.raises(UserError, match="at least 3 training images, got 2"):
+        Neighbourhood.of(images, train[:2])
     with pytest.raises(UserError, match="40 of 64 pixels and 41 of 64"):
         memorisation(Neighbourhood.of(images, train), Neighbourhood.of(images, noise(41)))
     with pytest.raises(UserError, match="test images are training images"):
@@ -254,14 +183,14 @@ def correlations(images: np.ndarray) -> np.ndarray:
     return found[~np.eye(len(found), dtype=bool)]
 
 
-def test_the_mean_image_is_rounded_to_the_nearest_level() -> None:
+def test_the_mean_image_is_rounded_to_the_nearest_level():
     train = np.array([[0, 1, 255, 3], [0, 2, 255, 3], [1, 2, 255, 3], [1, 2, 255, 4]], np.uint8)
     found = mean_image(train.reshape(4, 1, 2, 2), 3)
     assert found.reshape(3, 4).tolist() == [[1, 2, 255, 3]] * 3  # of 0.5, 1.75, 255, 3.25
     assert found.shape == (3, 1, 2, 2) and found.dtype == np.uint8
 
 
-def test_marginals_have_the_histogram_of_each_pixel_and_nothing_else() -> None:
+def test_marginals_have_the_histogram_of_each_pixel_and_nothing_else():
     train, n = correlated(), 20_000
     drawn = pixel_marginals(train, n)
     assert drawn.shape == (n, 3, 4, 5) and correlations(train).min() > 0.7
@@ -272,21 +201,10 @@ def test_marginals_have_the_histogram_of_each_pixel_and_nothing_else() -> None:
         assert (np.abs(found - shares) <= 6 * np.sqrt(shares / n)).all()
 
 
-def test_noise_is_uniform_and_independent() -> None:
-    images = uniform_noise((1, 8, 8), 4000)
-    assert images.shape == (4000, 1, 8, 8) and images.dtype == np.uint8
-    expected = images.size / 256
-    assert (np.abs(np.bincount(images.ravel(), minlength=256) - expected) < 5 * np.sqrt(expected)).all()
-    assert np.abs(correlations(images)).max() < 5 / np.sqrt(4000)
-
-
-def test_order_blocks_and_random_state_change_no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = correlated()
-    np.random.seed(1)
-    before = np.random.get_state()[1].tolist()  # type: ignore[index]
-    whole = [mean_image(train, 3), pixel_marginals(train, 30), uniform_noise((1, 2, 2), 50)]
-    assert before == np.random.get_state()[1].tolist()  # type: ignore[index]
-    np.random.seed(2)
-    monkeypatch.setattr(anchors, "BYTES", 7 * train[0].size)
-    again = [mean_image(train[::-1], 3), pixel_marginals(train[::-1], 30), uniform_noise((1, 2, 2), 50)]
-    assert all((one == other).all() for one, other in zip(whole, again, strict=True))
+def test_order_blocks_and_random_state_change_no_anchor(monkeypatch):
+    train, written = correlated(), []
+    for seed, images in enumerate((train, train[::-1])):
+        np.random.seed(seed)
+        written.append([mean_image(images, 3), pixel_marginals(images, 30), uniform_noise((1, 2, 2), 50)])
+        monkeypatch.setattr(anchors, "BYTES", 7 * train[0].size)
+    assert all((one == other).all() for one, other in zip(*written, strict=True))

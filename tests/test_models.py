@@ -4,21 +4,16 @@ that `generate` gives.
 
 import base64
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from servers import clean_environment, free_port, wait_until
+from servers import HOST, clean_environment, free_port, serving
 from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
 
 from rediffuse.commands.generate import generate
@@ -26,6 +21,7 @@ from rediffuse.commands.promote import promote
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
+from rediffuse.runtime.kinds import KINDS
 from rediffuse.runtime.weights import load_model
 from rediffuse.tracking.lineage import Lineage
 from rediffuse.tracking.lock import directory_md5
@@ -59,20 +55,10 @@ class Store:
 def lock_models(root):
     """dvc.lock, as if `dvc repro` had made the models."""
     stages = {}
-    for kind in ("vae", "ddpm"):
+    for kind in KINDS:
         md5 = directory_md5(root / "data/models" / kind)
         stages[f"train_{kind}"] = {"outs": [{"path": f"data/models/{kind}", "hash": "md5", "md5": md5}]}
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """The database of a store with an experiment and nothing else: to make one takes seconds, to copy it
-    none.
-    """
-    database = tmp_path_factory.mktemp("store") / "mlflow.db"
-    Store(database)
-    return database
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +71,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def store(empty_store, tmp_path, monkeypatch):
-    """A store of the test's own, which is the one in force; artifacts lie beside the database that it is a
-    copy of.
-    """
+    """A store of the test's own, which is the one in force."""
     store = Store(shutil.copy(empty_store, tmp_path / "mlflow.db"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     return store
@@ -109,7 +93,7 @@ def addresses(client, row, checkout):
 # What is registered
 
 
-def test_each_model_becomes_a_version_of_the_row(store, checkout):
+def test_each_model_becomes_a_version_of_the_row_and_says_what_it_takes_and_gives(store, checkout):
     row = store.row()
     assert addresses(store.client, row, checkout) == {
         "vae": "models:/rediffuse-vae/1",
@@ -121,6 +105,20 @@ def test_each_model_becomes_a_version_of_the_row(store, checkout):
     logged = store.client.get_logged_model(version.tags["rediffuse.model_id"])
     assert (logged.name, logged.status, logged.params) == ("ddpm", "READY", {"ddpm.T": "12"})
     assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "rediffuse-ddpm", "version": 1}]
+
+    folder = Path(store.client.get_model_version_download_uri("rediffuse-ddpm", "1").removeprefix("file://"))
+    signature = yaml.safe_load((folder / "MLmodel").read_text())["signature"]
+    inputs, outputs = (json.loads(signature[key]) for key in ("inputs", "outputs"))
+    assert {column["name"]: (column["type"], column["required"]) for column in inputs} == {
+        "n": ("long", True),
+        "label": ("string", False),
+        "seed": ("long", True),
+    }
+    assert [column["name"] for column in outputs] == ["label", "png"]
+    assert json.loads((folder / "input_example.json").read_text())["data"] == [[4, CLASSES[-1], 1]]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pyc")]
+    assert str(checkout) not in (folder / "MLmodel").read_text()
+    assert "\ntorch==" in (folder / "requirements.txt").read_text()
 
 
 def test_a_models_numbers_and_data_set_are_linked_to_it(store, checkout):
@@ -137,23 +135,18 @@ def test_a_models_numbers_and_data_set_are_linked_to_it(store, checkout):
         complete(RowWriter(store.client, store.client.get_run(row.info.run_id)), lineage)
     found = store.client.get_run(row.info.run_id)
     models = {each.name: each for each in store.client.search_logged_models([store.experiment])}
-    assert {model.model_id for model in found.outputs.model_outputs} == {
+    assert sorted(model.model_id for model in found.outputs.model_outputs) == sorted(
         each.model_id for each in models.values()
-    }
-    assert len(found.outputs.model_outputs) == 2
-    linked = [
-        (each.key, each.value, each.dataset_name, each.dataset_digest) for each in models["ddpm"].metrics
-    ]
-    expected = [("ddpm/cnn-v1/fd", 1.5), ("train_ddpm/cnn-v1/fd", 0.25)]
-    assert sorted(linked) == [(name, value, "toy", "ab" * 16) for name, value in expected]
-    assert [(each.key, each.value) for each in models["vae"].metrics] == [("vae/cnn-v1/fd", 9.0)]
-    assert len(store.client.get_metric_history(row.info.run_id, "ddpm/cnn-v1/fd")) == 1
-    ranked = store.client.search_logged_models(
-        [store.experiment],
-        "metrics.`ddpm/cnn-v1/fd` < 2",
-        order_by=[{"field_name": "metrics.ddpm/cnn-v1/fd"}],
     )
-    assert [each.name for each in ranked] == ["ddpm"]
+    linked = {
+        (kind, each.key, each.value, each.dataset_name, each.dataset_digest)
+        for kind, model in models.items()
+        for each in model.metrics
+    }
+    expected = {("ddpm", "ddpm", 1.5), ("ddpm", "train_ddpm", 0.25), ("vae", "vae", 9.0)}
+    data = ("toy", "ab" * 16)
+    assert linked == {(kind, f"{file}/cnn-v1/fd", value, *data) for kind, file, value in expected}
+    assert len(store.client.get_metric_history(row.info.run_id, "ddpm/cnn-v1/fd")) == 1
 
 
 def test_a_version_belongs_to_content_and_settings(store, checkout):
@@ -209,10 +202,8 @@ def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(
 ):
     import mlflow
 
-    for kind in ("vae", "ddpm"):
-        (checkout / f"data/models/{kind}/model.safetensors").write_bytes(
-            b"no weights: whoever loads them fails"
-        )
+    for kind in KINDS:
+        (checkout / f"data/models/{kind}/model.safetensors").write_bytes(b"whoever loads these fails")
     lock_models(checkout)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -221,90 +212,55 @@ def test_logging_is_silent_runs_no_model_and_leaves_nothing_behind(
         capfd.readouterr()
         assert set(addresses(store.client, store.row(), checkout)) == {"vae", "ddpm"}
         assert capfd.readouterr() == ("", "")
-        assert mlflow.get_tracking_uri() == "sqlite:////nowhere/at/all.db"
-        assert mlflow.active_run() is None and mlflow.get_active_model_id() is None
     finally:
         mlflow.set_tracking_uri(None)
     assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def test_the_logged_model_says_what_it_takes_and_gives(store, checkout):
-    addresses(store.client, store.row(), checkout)
-    folder = Path(store.client.get_model_version_download_uri("rediffuse-ddpm", "1").removeprefix("file://"))
-    about = yaml.safe_load((folder / "MLmodel").read_text())
-    inputs, outputs = (json.loads(about["signature"][key]) for key in ("inputs", "outputs"))
-    assert {column["name"]: (column["type"], column["required"]) for column in inputs} == {
-        "n": ("long", True),
-        "label": ("string", False),
-        "seed": ("long", True),
-    }
-    assert [column["name"] for column in outputs] == ["label", "png"]
-    assert json.loads((folder / "input_example.json").read_text())["data"] == [[4, CLASSES[-1], 1]]
-    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pyc")]
-    assert str(checkout) not in (folder / "MLmodel").read_text()
-    requirements = (folder / "requirements.txt").read_text().split()
-    assert all("==" in line for line in requirements) and any(
-        line.startswith("torch==") for line in requirements
-    )
 
 
 def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
     from dvc.repo import Repo
 
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
     for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
-        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / name).write_text(name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
     with Repo.init(str(tmp_path), no_scm=True) as repo:
-        repo.add(str(tmp_path / "folder"))
-    assert yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"][0]["md5"] == directory_md5(
-        tmp_path / "folder"
-    )
+        repo.add(str(folder))
+    assert f"md5: {directory_md5(folder)}\n" in (tmp_path / "folder.dvc").read_text()
 
 
 # The alias
 
 
 def test_promote_moves_the_alias(store, checkout):
-    rows = [store.row("one"), store.row("two")]
-    addresses(store.client, rows[0], checkout)
+    one, two = store.row("one"), store.row("two")
+    addresses(store.client, one, checkout)
     write_params(checkout, {"sample.ddpm.steps": 4})
-    addresses(store.client, rows[1], checkout)
+    for kind, address in addresses(store.client, two, checkout).items():
+        store.client.set_tag(two.info.run_id, f"model.{kind}", address)
 
-    def champion():
-        return store.client.get_model_version_by_alias("rediffuse-ddpm", "champion").version
+    def champion(kind="ddpm"):
+        return store.client.get_model_version_by_alias(f"rediffuse-{kind}", "champion").version
 
     said = promote("1", "ddpm", "champion")
-    assert (
-        champion() == 1 and "version 1" in said and rows[0].info.run_id in said and "no version had" in said
-    )
-    assert "before, version 1" in promote("2", "ddpm", "champion") and champion() == 2
+    assert champion() == 1 and one.info.run_id in said and "no version had" in said
+    assert "before, version 1" in promote("two", "ddpm", "champion") and champion() == 2
     assert "as before" in promote("2", "ddpm", "champion") and champion() == 2
-    with pytest.raises(UserError, match="rediffuse-ddpm has no version 9"):
-        promote("9", "ddpm", "champion")
-    assert champion() == 2
-
-
-def test_promote_takes_the_version_of_a_row(store, checkout):
-    row, bare = store.row("good-row"), store.row("bare-row")
-    for kind, address in addresses(store.client, row, checkout).items():
-        store.client.set_tag(row.info.run_id, f"model.{kind}", address)
-    promote("good-row", "vae", "candidate")
-    promote(row.info.run_id, "ddpm", "champion")
-    assert store.client.get_model_version_by_alias("rediffuse-vae", "candidate").version == 1
-    assert store.client.get_model_version_by_alias("rediffuse-ddpm", "champion").version == 1
-    for name in ("nobody", bare.info.run_name):
+    promote(two.info.run_id, "vae", "champion")
+    assert champion("vae") == 1
+    for name in ("9", "nobody", "one"):  # the row "one" has no tag
         with pytest.raises(UserError, match=name):
             promote(name, "ddpm", "champion")
+    assert champion() == 2
 
 
 # What it draws
 
 
-def expected(store, checkout, tmp_path):
-    """The files of `rediffuse generate` for the request, from the checkout."""
-    folder = tmp_path / "expected"
-    generate("ddpm", str(folder), n=REQUEST["n"], seed=REQUEST["seed"], label=REQUEST["label"])
+def files_of(model, folder, **how):
+    """The files of `rediffuse generate` for the request."""
+    generate(model, f"{folder}/", **REQUEST | how)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
@@ -312,37 +268,20 @@ def expected(store, checkout, tmp_path):
 def champion(store, checkout):
     addresses(store.client, store.row(), checkout)
     promote("1", "ddpm", "champion")
-    promote("1", "vae", "champion")
     return "models:/rediffuse-ddpm@champion"
 
 
-def test_generate_takes_model_and_settings_from_the_registry(
-    store, checkout, champion, tmp_path, monkeypatch
-):
-    files = expected(store, checkout, tmp_path)
+def test_generate_takes_model_and_settings_from_the_registry(checkout, champion, tmp_path):
+    files = files_of("ddpm", tmp_path / "expected")
     write_params(checkout, {"sample.ddpm.steps": 5})  # those of the checkout do not count
-    for address in (champion, "models:/rediffuse-ddpm/1"):
-        target = tmp_path / address.rpartition("/")[2]
-        generate(address, f"{target}/", n=3, seed=5, label="Ankle boot")
-        assert [path.read_bytes() for path in sorted(target.iterdir())] == files
-    generate(champion, str(tmp_path / "other"), n=3, seed=5, label="Ankle boot", steps=5)
-    assert [path.read_bytes() for path in sorted((tmp_path / "other").iterdir())] != files
+    for number, address in enumerate((champion, "models:/rediffuse-ddpm/1")):
+        assert files_of(address, tmp_path / str(number)) == files
+    assert files_of(champion, tmp_path / "other", steps=5) != files
     with pytest.raises(UserError, match="nobody"):
         generate("models:/rediffuse-ddpm@nobody", str(tmp_path / "no"), n=1, seed=1)
 
 
-LOAD = """
-import base64, json, sys
-import mlflow
-model = mlflow.pyfunc.load_model(sys.argv[1])
-images = model.predict([json.loads(sys.argv[2])])
-print(json.dumps({"images": images, "package": sys.modules["rediffuse"].__file__}))
-"""
-
-
-@pytest.mark.slow
-def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_path, monkeypatch):
-    """Here the VAE with its mixture, which lies outside the folder of the model; the DDPM is served below."""
+def test_a_registered_vae_brings_its_fitted_prior(store, checkout, tmp_path, monkeypatch):
     from stages import sample_vae
 
     write_params(checkout, {"sample.vae.prior": "mixture"})
@@ -350,57 +289,9 @@ def test_a_fresh_interpreter_elsewhere_needs_no_checkout(store, checkout, tmp_pa
         patch.setenv("REDIFFUSE_TRACKING", "off")
         sample_vae.main()
     addresses(store.client, store.row(), checkout)
-    generate("vae", str(tmp_path / "expected"), n=3, seed=5)
-    files = [path.read_bytes() for path in sorted((tmp_path / "expected").iterdir())]
-    checkout.rename(tmp_path / "gone")
-    (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, "-c", LOAD, "models:/rediffuse-vae/1", json.dumps({"n": 3, "seed": 5})]
-    environment = clean_environment(MLFLOW_TRACKING_URI=store.uri)
-    answer = subprocess.run(
-        command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, check=True, text=True
-    )
-    found = json.loads(answer.stdout)
-    assert Path(found["package"]).match("models/*/artifacts/code/rediffuse/__init__.py")
-    assert [base64.b64decode(image["png"]) for image in found["images"]] == files
-    assert "Warning" not in answer.stderr
-
-
-@contextmanager
-def served(address, uri, folder):
-    """`mlflow models serve` as the README says it, on a free port; ended with all that it started."""
-    port, log = free_port(), folder / "serve.log"
-    command = [
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        address,
-        "--env-manager",
-        "local",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    environment = clean_environment(MLFLOW_TRACKING_URI=uri)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-    try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/ping"), process, log)
-        yield f"http://127.0.0.1:{port}/invocations"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-
-
-def answers(url):
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    files = files_of("vae", tmp_path / "expected", label=None)
+    shutil.rmtree(checkout / "data")
+    assert files_of("models:/rediffuse-vae/1", tmp_path / "found", label=None) == files
 
 
 def ask(url, *records):
@@ -416,27 +307,29 @@ def ask(url, *records):
 
 @pytest.mark.slow
 def test_a_served_model_gives_the_bytes_that_generate_gives(store, checkout, champion, tmp_path):
-    files = expected(store, checkout, tmp_path)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    """`mlflow models serve` as the README says it, in a folder from which nothing of the project is seen."""
+    files = files_of("ddpm", tmp_path / "expected")
     checkout.rename(tmp_path / "gone")
-    with served(champion, store.uri, elsewhere) as url:
+    elsewhere, port = tmp_path / "elsewhere", free_port()
+    elsewhere.mkdir()
+    url = f"http://{HOST}:{port}"
+    command = ["mlflow", "models", "serve", "-m", champion, "--env-manager", "local"]
+    command += ["--host", HOST, "--port", port]
+    environment = clean_environment(MLFLOW_TRACKING_URI=store.uri)
+    ready, log = lambda: urllib.request.urlopen(f"{url}/ping", timeout=5).close(), tmp_path / "serve.log"
+    with serving(command, ready, log, cwd=elsewhere, env=environment):
+        url += "/invocations"
         status, images = ask(url, REQUEST)
         assert status == 200 and [image["label"] for image in images] == ["Ankle boot"] * 3
         assert [base64.b64decode(image["png"]) for image in images] == files
         status, images = ask(url, {"n": 1, "seed": 5, "label": 1}, {"n": 4, "seed": 5})  # an index; in turn
         assert status == 200 and base64.b64decode(images[0]["png"]) == files[0]
-        assert [image["label"] for image in images] == [
-            "Ankle boot",
-            "T-shirt/top",
-            "Ankle boot",
-            "Bag",
-            "T-shirt/top",
-        ]
+        labels = ["Ankle boot", "T-shirt/top", "Ankle boot", "Bag", "T-shirt/top"]
+        assert [image["label"] for image in images] == labels
         assert base64.b64decode(images[2]["png"]) == files[1]
         status, text = ask(url, {"n": 1, "seed": 5, "label": "hat"})
         assert status == 400 and "0 T-shirt/top, 1 Ankle boot, 2 Bag" in text
         status, text = ask(url, {"n": 0, "seed": 5})
         assert status == 400 and "at least 1, got 0" in text
         assert ask(url, {"seed": 5})[0] == 400
-    assert [path.name for path in elsewhere.iterdir()] == ["serve.log"]
+    assert not list(elsewhere.iterdir())

@@ -20,9 +20,6 @@ DETERMINISTIC = ["ddim", "dpm-solver++", "heun"]
 f64 = torch.float64
 every_name = pytest.mark.parametrize("name", NAMES)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
-every_grid = pytest.mark.parametrize(
-    ("name", "spacing"), [*((name, "even") for name in NAMES), ("cosine", "karras")]
-)
 every_eta = pytest.mark.parametrize(
     ("sampler", "eta"), [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5), ("ddim", 1.0)]
 )
@@ -70,7 +67,6 @@ class Mixture:
         return middle
 
 
-GAUSSIAN = Mixture((0.3,), (1.0,), 0.5)
 TWO_BUMPS = Mixture((-0.6, 0.5), (0.35, 0.65), 0.3)
 TWO_POINTS = Mixture((-0.8, 0.4), (0.3, 0.7), 0.0)
 PIXELS = Mixture((-0.9, 0.1, 0.7), (0.5, 0.2, 0.3), 0.05)
@@ -80,23 +76,13 @@ def standard_normal(*shape: int, seed: int = 9, dtype: torch.dtype = f64) -> Ten
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(
-    sampler: str,
-    denoise: Any,
-    schedule: Schedule,
-    x_T: Tensor,
-    steps: int,
-    *,
-    spacing: str = "even",
-    noise: Any = None,
-    **how: Any,
-) -> Tensor:
-    """denoise: a function of (x_t, t, labels), or a mixture."""
+def draw(sampler: str, denoise: Any, schedule: Schedule, x_T: Tensor, steps: int, **how: Any) -> Tensor:
+    """denoise: a function of (x_t, t, labels), or a mixture.  how: also the spacing of the times."""
     generator = torch.Generator().manual_seed(0)
     denoise = denoise.denoiser(schedule) if isinstance(denoise, Mixture) else denoise
-    noise = noise or (lambda: torch.randn(x_T.shape, dtype=x_T.dtype, generator=generator))
-    times = SPACINGS[spacing](schedule, steps)
-    return SAMPLERS[sampler](denoise, schedule, x_T, how.pop("labels", None), times=times, noise=noise, **how)
+    how = {"noise": lambda: torch.randn(x_T.shape, dtype=x_T.dtype, generator=generator)} | how
+    times = SPACINGS[how.pop("spacing", "even")](schedule, steps)
+    return SAMPLERS[sampler](denoise, schedule, x_T, how.pop("labels", None), times=times, **how)
 
 
 # The times
@@ -105,20 +91,14 @@ def draw(
 @every_name
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_times_fall_from_T_to_0_in_any_number_of_steps(spacing, name):
-    for T in [*range(1, 21), 500]:
+    for T in [*range(1, 21), 100]:
         schedule = Schedule.make(name, T)
         for steps in range(1, T + 1):
             times = SPACINGS[spacing](schedule, steps)
             assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
             assert all(t > s for t, s in pairwise(times))
-
-
-def test_even_times_are_as_even_as_integers_can_be():
-    for T in [1, 7, 40, 500, 1000]:
-        schedule = Schedule.make("cosine", T)
-        for steps in range(1, T + 1):
-            ideal = np.linspace(T, 0, steps + 1)
-            assert np.abs(even_times(schedule, steps) - ideal).max() <= 0.5 + 1e-9
+            if spacing == "even":  # as far as integers can be
+                assert np.abs(times - np.linspace(T, 0, steps + 1)).max() <= 0.5 + 1e-9
 
 
 @every_name
@@ -131,19 +111,12 @@ def test_karras_times_are_even_in_the_fourth_root_of_sigma(name):
     np.testing.assert_allclose(sigma.numpy() ** (1 / 4), roots[1:], rtol=0.005)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("steps", [0, -1, 11])
-def test_impossible_numbers_of_steps_are_refused(spacing, steps):
-    with pytest.raises(ValueError, match=rf"steps must be between 1 and T \(10\), got {steps}"):
-        SPACINGS[spacing](Schedule.make("linear", 10), steps)
-
-
 # Every sampler reaches the distribution
 
 
-@every_grid
+@pytest.mark.parametrize(("name", "spacing"), [("linear", "even"), ("cosine", "karras")])
 @every_eta
-@pytest.mark.parametrize("data", [GAUSSIAN, TWO_BUMPS, TWO_POINTS], ids=["gaussian", "bumps", "points"])
+@pytest.mark.parametrize("data", [TWO_BUMPS, TWO_POINTS], ids=["bumps", "points"])
 def test_samplers_reach_the_distribution(name, spacing, sampler, eta, data):
     n, schedule = 20_000, Schedule.make(name, 500)
     x = draw(sampler, data, schedule, standard_normal(n), 200, spacing=spacing, eta=eta).sort().values
@@ -158,29 +131,10 @@ def test_samplers_reach_the_distribution(name, spacing, sampler, eta, data):
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n) + 0.005
 
 
-@every_eta
-def test_samplers_reach_a_correlated_gaussian(sampler, eta):
-    n, schedule = 20_000, Schedule.make("cosine", 500)
-    mean, covariance = torch.tensor([0.4, -0.2], dtype=f64), torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=f64)
-
-    def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        alpha_bar = schedule.alpha_bar[t[0]].item()
-        of_x_t = alpha_bar * covariance + (1 - alpha_bar) * torch.eye(2, dtype=f64)
-        gain = math.sqrt(alpha_bar) * covariance @ torch.linalg.inv(of_x_t)
-        return mean + (x_t - math.sqrt(alpha_bar) * mean) @ gain.T
-
-    x = draw(sampler, denoise, schedule, standard_normal(n, 2), 500, eta=eta)
-    variances = covariance.diag()
-    # Four standard errors: of a mean sqrt(c_ii / n), of a covariance sqrt((c_ii c_jj + c_ij^2) / n); 1% for
-    # the steps.
-    assert ((x.mean(0) - mean).abs() < 4 * (variances / n).sqrt() + 0.005).all()
-    spread = ((variances[:, None] * variances + covariance**2) / n).sqrt()
-    assert ((x.T.cov() - covariance).abs() < 4 * spread + 0.01 * covariance.abs()).all()
-
-
-@every_grid
+@every_name
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
-@pytest.mark.parametrize("T", [50, 500, 4000])
+@pytest.mark.parametrize("T", [50, 4000])
 def test_twenty_steps_are_usable_on_every_schedule(name, spacing, sampler, T):
     """Sharp data, few steps, also where the schedule's last step is a leap: all end near the flow."""
     schedule, x_T = Schedule.make(name, T), standard_normal(4000)
@@ -188,29 +142,17 @@ def test_twenty_steps_are_usable_on_every_schedule(name, spacing, sampler, T):
     assert (x - PIXELS.flow(x_T, schedule)).abs().mean() < 0.06
 
 
-# Deterministic samplers converge to the probability flow, at their order
-
-
-@pytest.mark.parametrize("data", [GAUSSIAN, TWO_BUMPS], ids=["gaussian", "two bumps"])
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm-solver++", 2), ("heun", 2)])
-def test_order_of_convergence_to_the_exact_flow(sampler, order, data):
+def test_order_of_convergence_to_the_exact_flow(sampler, order):
     log_snr = torch.linspace(14, -8, 641, dtype=f64)  # even in t: the grid for which orders are stated
     log_snr[0] = math.inf
     schedule, x_T = Schedule(log_snr), standard_normal(500)
-    x_0 = data.flow(x_T, schedule)
+    x_0 = TWO_BUMPS.flow(x_T, schedule)
     steps = [20, 40, 80, 160, 320]  # divisors of T: the grid has no rounding
-    errors = [(draw(sampler, data, schedule, x_T, n) - x_0).square().mean().sqrt().item() for n in steps]
+    errors = [(draw(sampler, TWO_BUMPS, schedule, x_T, n) - x_0).square().mean().sqrt().item() for n in steps]
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert -slope == pytest.approx(order, abs=0.1), errors
     assert errors[-1] < {1: 5e-3, 2: 1e-4}[order]
-
-
-def test_the_exact_flow_of_a_gaussian_is_the_known_scaling():
-    """The oracle itself, against m + s (x_T - alpha_T m) / sqrt(alpha_bar_T s^2 + 1 - alpha_bar_T)."""
-    schedule, x_T = Schedule.make("cosine", 100), standard_normal(100)
-    alpha_bar = schedule.alpha_bar[-1].item()
-    expected = 0.3 + 0.5 * (x_T - math.sqrt(alpha_bar) * 0.3) / math.sqrt(alpha_bar * 0.25 + 1 - alpha_bar)
-    torch.testing.assert_close(GAUSSIAN.flow(x_T, schedule), expected, rtol=1e-6, atol=1e-6)
 
 
 # Single steps
@@ -224,72 +166,33 @@ def walk(sampler: str, denoise: Any, schedule: Schedule, x_T: Tensor, steps: int
     return [*seen, (0, x_0)]
 
 
-def constant(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    return torch.full_like(x_t, 0.2)
-
-
-def assert_same_walk(one: list[Any], other: list[Any]) -> None:
-    for (t, x), (t_other, x_other) in zip(one, other, strict=True):
+@pytest.mark.parametrize("steps", [7, 100])
+def test_ddim_with_eta_one_is_ancestral_sampling_step_for_step(steps):
+    schedule, x_T = Schedule.make("cosine", 100), standard_normal(200)
+    implicit, ancestral = (walk(of, TWO_BUMPS, schedule, x_T, steps, eta=1.0) for of in ("ddim", "ddpm"))
+    for (t, x), (t_other, x_other) in zip(implicit, ancestral, strict=True):
         assert t == t_other
         torch.testing.assert_close(x, x_other, rtol=1e-9, atol=1e-9)
 
 
-@every_name
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
-def test_ddim_with_eta_one_is_ancestral_sampling_step_for_step(name, steps):
-    schedule, x_T = Schedule.make(name, 100), standard_normal(200)
-    implicit, ancestral = (walk(of, TWO_BUMPS, schedule, x_T, steps, eta=1.0) for of in ("ddim", "ddpm"))
-    assert_same_walk(implicit, ancestral)
-
-
-def test_sde_dpm_solver_pp_is_ancestral_where_the_denoiser_is_constant():
-    """It solves the reverse SDE exactly for a constant D, and then its steps are q(x_s | x_t, x_0 = D)."""
-    schedule, x_T = Schedule.make("cosine", 60), standard_normal(100)
-    samplers = ("ddpm", "sde-dpm-solver++")
-    assert_same_walk(*(walk(of, constant, schedule, x_T, 9, spacing="karras") for of in samplers))
-
-
-@pytest.mark.parametrize("eta", [0.25, 1.0])
-def test_eta_scales_the_standard_deviation_of_each_step(eta):
+def test_eta_scales_the_standard_deviation_of_each_step():
     """Song et al.: sigma_t = eta times the posterior's standard deviation, from the betas of the leap."""
-    schedule, x_T = Schedule.make("cosine", 40), torch.ones(1, dtype=f64)
+    schedule, x_T, eta = Schedule.make("cosine", 40), torch.ones(1, dtype=f64), 0.25
     after = []
     for size in (0.0, 1.0):
-        noise = iter([size * x_T, 0 * x_T, 0 * x_T]).__next__
-        after.append(walk("ddim", constant, schedule, x_T, 4, eta=eta, noise=noise)[1][1].item())
+        how: Any = {"eta": eta, "noise": iter([size * x_T, 0 * x_T, 0 * x_T]).__next__}
+        after.append(walk("ddim", lambda x_t, *_: 0.2 + 0 * x_t, schedule, x_T, 4, **how)[1][1].item())
     keep = torch.cumprod(1 - schedule.beta, 0)
     t, s = 40, 30
     posterior_variance = (1 - keep[s]) / (1 - keep[t]) * (1 - keep[t] / keep[s])
     assert after[1] - after[0] == pytest.approx(eta * posterior_variance.sqrt().item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["dpm-solver++", "sde-dpm-solver++"])
-def test_dpm_solver_pp_extrapolates_the_denoiser_to_the_middle_of_the_step(sampler):
-    """Where D is a line in lambda = log(alpha / sigma), the second and later steps see it at their middle."""
-    schedule = Schedule.make("cosine", 60)
-    lambda_ = 0.5 * (schedule.alpha_bar / schedule.one_minus_alpha_bar).log()
-
-    def line(at: Tensor) -> Tensor:
-        return 0.3 - 0.04 * at
-
-    def denoise(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return line(lambda_[t])
-
-    steps = walk(sampler, denoise, schedule, standard_normal(1), 6, noise=lambda: torch.zeros(1, dtype=f64))
-    for (t, x_t), (s, x_s) in pairwise(steps[1:-1]):
-        x_0 = line((lambda_[t] + lambda_[s]) / 2)
-        if sampler == "sde-dpm-solver++":  # its steps are ancestral for this D
-            expected, _ = schedule.q_posterior(x_0, x_t, t, s)
-        else:  # the exact flow under a constant x_0: the noise in x_t shrinks, the image is x_0
-            expected = schedule.q_sample(x_0, s, schedule.eps_from(x_0, x_t, t))
-        torch.testing.assert_close(x_s, expected, rtol=1e-9, atol=1e-9)
-
-
 # What they call, and their numbers
 
 
 @every_sampler
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.3])
 def test_calls_of_denoiser_observer_and_noise(sampler, steps, eta):
     schedule, x_T, seen, drawn, evaluated = Schedule.make("cosine", 50), standard_normal(3), [], [], []
@@ -317,21 +220,11 @@ def test_calls_of_denoiser_observer_and_noise(sampler, steps, eta):
 
 @every_name
 @every_sampler
-@pytest.mark.parametrize("steps", [20, 1000])
-def test_float32_stays_float32_and_agrees_with_float64(name, sampler, steps):
+def test_float32_stays_float32_and_agrees_with_float64(name, sampler):
     schedule, x_T, noise = Schedule.make(name, 1000), standard_normal(100), standard_normal(100, seed=11)
     single, double = (
-        draw(sampler, TWO_BUMPS, schedule, x_T.to(dtype), steps, noise=lambda dtype=dtype: noise.to(dtype))
+        draw(sampler, TWO_BUMPS, schedule, x_T.to(dtype), 200, noise=lambda dtype=dtype: noise.to(dtype))
         for dtype in (torch.float32, f64)
     )
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.to(f64), double, rtol=1e-3, atol=1e-3)
-
-
-@every_name
-@every_sampler
-def test_every_number_of_steps_gives_finite_images(name, sampler):
-    schedule, x_T = Schedule.make(name, 12), standard_normal(2, 1, 2, 2, dtype=torch.float32)
-    for steps in range(1, 13):
-        x = draw(sampler, lambda x_t, t, labels: x_t.tanh(), schedule, x_T, steps)
-        assert x.shape == x_T.shape and x.isfinite().all() and x.abs().max() <= 1

@@ -1,38 +1,35 @@
-"""A team's tracking server: a real `mlflow server` with a real PostgreSQL behind it, both on 127.0.0.1.
-
-What the rows hold is asked of MLflow, and of the database and the server's folder of files directly.
+"""A team: two clones with their own experiments, rows on a real `mlflow server` with a real PostgreSQL behind
+it, data on a remote that speaks S3's protocol (moto's server), all on 127.0.0.1.
 """
 
-import json
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from servers import TrackingServer, postgresql, tracking_server
-from toy_pipeline import enter
-from tracked_project import (
-    PROJECT,
-    STEPS,
-    Checkout,
-    expected_metrics,
-    finish,
-    make_project,
-    pictures_of,
-    results_of,
-    wait_for,
-)
+from servers import CREDENTIALS, TrackingServer, postgresql, s3, tracking_server
+from toy_pipeline import enter, numbers, rows, run
 
 from rediffuse.params import flatten, load_params
+from rediffuse.tracking.row import stage_run
 from rediffuse.tracking.store import connect
 from rediffuse.tracking.sync import sync
 
 pytestmark = pytest.mark.slow
 
 LOST = "tracking is off for the rest of stage"
-PICTURES = {"ddpm/noising", "ddpm/scores"}
 LONGEST_WAIT = 10.5  # seconds: two requests of 4 s, and the pause between them
+EXPERIMENTS = {"ours": ("larger", 1000), "theirs": ("smaller", 200)}  # of each clone: name and ddpm.T
+REMOTE = """[core]
+    remote = storage
+['remote "storage"']
+    url = s3://team/rediffuse
+    endpointurl = {endpoint}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,256 +39,137 @@ def database() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    with tracking_server(database, tmp_path_factory.mktemp("server")) as started:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of everything, and of the server."""
+    return tmp_path_factory.mktemp("team")
+
+
+@pytest.fixture(scope="module")
+def server(database: str, folder: Path) -> Iterator[TrackingServer]:
+    with tracking_server(database, folder) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def project(server: TrackingServer, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """The checkout whose stages write to the server, after `dvc repro` and the experiment "larger" with
-    ddpm.T=1000.
-    """
-    checkout = make_project(tmp_path_factory.mktemp("project") / "project", MLFLOW_TRACKING_URI=server.uri)
-    said = checkout.dvc("repro")
-    assert LOST not in said
-    checkout.git("add", ".")
-    checkout.git("commit", "-q", "-m", "results")
-    said = checkout.dvc("exp", "run", "--temp", "-n", "larger", "-S", "ddpm.T=1000")
-    assert LOST not in said
-    return checkout
+def team(untracked: Path, server: TrackingServer, folder: Path) -> Iterator[dict[str, Path]]:
+    """The clones, each with an experiment that ran at the same time as the other's."""
+    clones = {who: folder / who for who in EXPERIMENTS}
+    ours, theirs, variables = clones["ours"], clones["theirs"], {"MLFLOW_TRACKING_URI": server.uri}
+    shutil.copytree(untracked, ours, symlinks=True)
+    with s3("team") as endpoint:
+        (ours / ".dvc/config").write_text(REMOTE.format(endpoint=endpoint))
+        run(ours, "git", "commit", "-q", "-a", "-m", "DVC remote")
+        run(ours, "git", "clone", "-q", "--bare", ".", str(folder / "team.git"))
+        run(ours, "git", "remote", "add", "origin", str(folder / "team.git"))
+        run(ours, "dvc", "push", **CREDENTIALS)
+        run(ours, "git", "clone", "-q", str(folder / "team.git"), str(theirs))
+        assert not (theirs / "data/pixels").exists()
+        done = run(theirs, "dvc", "repro", "--pull", **CREDENTIALS, **variables)
+        assert "Running stage" not in done.stdout and (theirs / "data/pixels/images.npy").exists()
+
+        def experiment(who: str) -> str:
+            name, T = EXPERIMENTS[who]
+            return run(clones[who], "dvc", "exp", "run", "-n", name, "-S", f"ddpm.T={T}", **variables).stderr
+
+        with ThreadPoolExecutor() as pool:
+            assert LOST not in "".join(pool.map(experiment, clones))
+        run(ours, "dvc", "exp", "push", "origin", "larger", **CREDENTIALS)
+        run(theirs, "dvc", "exp", "pull", "origin", "larger", **CREDENTIALS)
+        yield clones
 
 
-@pytest.fixture
-def here(project: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The project as working directory and the server as store of this process."""
-    move_to(project, server, monkeypatch)
-
-
-def move_to(checkout: Checkout, server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    enter(checkout.root, monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-
-
-def rows_named(server: TrackingServer, prefix: str) -> list[Any]:
+def rows_of(server: TrackingServer) -> dict[str, Any]:
     client = connect(server.uri)
-    found = client.get_experiment_by_name("rediffuse")
-    return list(
-        client.search_runs(
-            [found.experiment_id],
-            f"attributes.run_name LIKE '{prefix}%'",
-            order_by=["attributes.start_time ASC"],
-        )
-    )
+    found = client.search_runs([client.get_experiment_by_name("rediffuse").experiment_id])
+    assert len({row.info.run_name for row in found}) == len(found)
+    return {row.info.run_name: row for row in found}
 
 
-def only_row(server: TrackingServer, name: str) -> Any:
-    (row,) = rows_named(server, name)
-    return row
+def expected(T: int) -> dict[str, float]:
+    return {"train_ddpm/loss": T / 20, "ddpm/loss": T / 20, "ddpm/fd": T / 20 + 3}
 
 
-def ask(database: str, query: str, *values: object) -> list[tuple[Any, ...]]:
+def test_two_clones_at_once_have_a_complete_row_each_on_the_server_in_the_database_and_in_its_files(
+    team: dict[str, Path], server: TrackingServer, database: str, folder: Path
+) -> None:
+    found = rows_of(server)
+    assert found.keys() == {name for name, _ in EXPERIMENTS.values()}
     with psycopg.connect(database) as connection:
-        return connection.execute(query, values).fetchall()
-
-
-# One process of two: stages (stage, experiment, value), each begun and held open at the same moment as the
-# other's.
-HELD = """
-import json, os, sys, time
-from pathlib import Path
-from rediffuse.params import load_params
-from rediffuse.tracking.row import stage_run
-me, other, folder, stages = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-params = load_params()
-os.environ["DVC_EXP_BASELINE_REV"] = "a" * 40
-def meet(point):
-    (folder / f"{me}{point}").touch()
-    while not (folder / f"{other}{point}").exists(): time.sleep(0.002)
-for number, (stage, experiment, value) in enumerate(stages):
-    os.environ["DVC_EXP_NAME"] = experiment
-    meet(2 * number)
-    with stage_run(stage, params) as run:
-        for images in range(50):
-            run.log_curve(images, {f"{stage[6:]}/loss": value + images})
-        (folder / me).mkdir(exist_ok=True)
-        (folder / me / f"{stage}.json").write_text(json.dumps({"end": value}))
-        run._open_row().log_results([folder / me / f"{stage}.json"])
-        meet(2 * number + 1)
-"""
-PAIRS = ["pair0", "pair1", "pair2"]
-
-
-@pytest.fixture(scope="module")
-def together(project: Checkout, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Two processes at once: with an experiment each, and then, three times, with another stage each of one
-    experiment.
-    """
-    folder = str(tmp_path_factory.mktemp("together"))
-    # Of stages that are not in dvc.lock: what stands there would complete the row of one that ends with these
-    # outputs.
-    one = [("train_vae", "left", 1000), *(("train_vae", name, 3000) for name in PAIRS)]
-    two = [("train_gan", "right", 2000), *(("train_gan", name, 4000) for name in PAIRS)]
-    both = [("a", "b", one), ("b", "a", two)]
-    processes = [
-        project.start("python", "-c", HELD, me, other, folder, json.dumps(stages))
-        for me, other, stages in both
-    ]
-    try:
-        for process in processes:
-            assert LOST not in finish(process)
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def test_row_is_complete_on_the_server_in_the_database_and_in_its_files(
-    project: Checkout, server: TrackingServer, database: str
-) -> None:
-    client = connect(server.uri)
-    for row, T in ((only_row(server, "repro-"), 500), (only_row(server, "larger"), 1000)):
-        assert row.info.status == "FINISHED"
-        assert row.data.params["ddpm.T"] == str(T)
-        assert results_of(row) == expected_metrics(T)
-        assert pictures_of(client, row) == PICTURES
-        run_id = row.info.run_id
-        assert ask(database, "SELECT count(*) FROM params WHERE run_uuid = %s", run_id) == [
-            (len(flatten(load_params(PROJECT / "params.yaml"))),)
-        ]
-        curve = ask(
-            database,
-            "SELECT step, value FROM metrics WHERE run_uuid = %s AND key = 'ddpm/loss' ORDER BY step",
-            run_id,
-        )
-        assert curve == [(images, T / (1 + images)) for images in STEPS]
-        # MLflow gives the address mlflow-artifacts:, never the folder, so that no other machine looks for it
-        # on its own disk.
-        assert row.info.artifact_uri.startswith("mlflow-artifacts:/")
-        (folder,) = server.folder.glob(f"artifacts/*/{run_id}/artifacts")
-        assert (folder / "metrics" / "ddpm.json").read_text() == f'{{"fd": {T / 10}}}'
-        assert {path.name for path in (folder / "recipe").iterdir()} >= {
-            "params.yaml",
-            "dvc.yaml",
-            "dvc.lock",
-        }
-    assert {entry.name for entry in project.root.iterdir()}.isdisjoint(
-        {".mlflow", "mlruns", "mlartifacts", "mlflow.db"}
-    )
-
-
-def test_two_experiments_at_once_do_not_mix(together: None, server: TrackingServer) -> None:
-    client = connect(server.uri)
-    for name, model, value in (("left", "vae", 1000.0), ("right", "gan", 2000.0)):
-        row = only_row(server, name)
-        assert row.info.status == "FINISHED" and row.data.tags[f"stage.train_{model}.status"] == "finished"
-        assert results_of(row) == {f"{model}/loss": value + 49, f"train_{model}/end": value}
-        points = client.get_metric_history(row.info.run_id, f"{model}/loss")
-        assert sorted((point.step, point.value) for point in points) == [
-            (images, value + images) for images in range(50)
-        ]
-
-
-def test_stages_of_one_experiment_that_start_together_share_one_row(
-    together: None, server: TrackingServer
-) -> None:
-    rows = rows_named(server, "pair")
-    assert [row.info.run_name for row in rows] == PAIRS
-    for row in rows:
-        assert results_of(row) == {
-            "vae/loss": 3049.0,
-            "train_vae/end": 3000.0,
-            "gan/loss": 4049.0,
-            "train_gan/end": 4000.0,
-        }
-        assert (
-            row.data.tags["stage.train_vae.status"] == row.data.tags["stage.train_gan.status"] == "finished"
-        )
-
-
-def lose_server(
-    project: Checkout, folder: Path, lose: Callable[[], None], *command: str, **variables: str
-) -> tuple[str, float]:
-    """Run the command, and lose the server while its first stage trains: what it says on stderr, and the
-    seconds from then to the end of the stage.  The command must succeed.
-    """
-    process = project.start(*command, TOY_PAUSE=str(folder), **variables)
-    try:
-        wait_for(folder / "waiting")
-        lose()
-        (folder / "go").touch()
-        _, complained = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, complained
-    return complained, float((folder / "seconds").read_text())
-
-
-def test_server_killed_in_mid_stage_costs_one_line_and_sync_adds_what_was_missed(
-    project: Checkout, server: TrackingServer, here: None, tmp_path: Path
-) -> None:
-    command = ("dvc", "exp", "run", "--temp", "-n", "bereaved", "-S", "ddpm.T=2000", "train_ddpm")
-    try:
-        complained, seconds = lose_server(project, tmp_path, server.kill, *command)
-    finally:
-        server.start()
-    assert [line.split(LOST)[1].split()[0] for line in complained.splitlines() if LOST in line] == [
-        "train_ddpm,"
-    ]
-    assert seconds < LONGEST_WAIT
-    row = only_row(server, "bereaved")
-    assert row.info.status == "RUNNING" and set(results_of(row)) <= {
-        "train_ddpm/half",
-        "ddpm/loss",
-    }  # the last that was heard
-
-    assert {outcome.name: outcome.what.split()[0] for outcome in sync(every=True)}["bereaved"] == "completed"
-    row = only_row(server, "bereaved")
-    assert row.info.status != "RUNNING" and row.data.tags["stage.train_ddpm.status"] == "finished"
-    assert results_of(row) == {
-        name: value for name, value in expected_metrics(2000).items() if name != "ddpm/fd"
-    }
-    points = connect(server.uri).get_metric_history(row.info.run_id, "ddpm/loss")
-    assert sorted((point.step, point.value) for point in points) == [
-        (images, 2000 / (1 + images)) for images in STEPS
-    ]
-    assert {outcome.what for outcome in sync(every=True)} == {"unchanged"}
-
-
-def test_server_that_takes_connections_and_no_longer_answers_costs_one_line(
-    project: Checkout, server: TrackingServer, tmp_path: Path
-) -> None:
-    experiment = {"DVC_EXP_NAME": "stuck", "DVC_EXP_BASELINE_REV": "b" * 40}
-    try:
-        complained, seconds = lose_server(
-            project, tmp_path, server.suspend, "python", "stages/train.py", **experiment
-        )
-    finally:
-        server.resume()
-    assert complained.count(LOST) == 1
-    assert seconds < LONGEST_WAIT
+        for who, (name, T) in EXPERIMENTS.items():
+            row = found[name]
+            assert row.info.status == "FINISHED" and row.data.params["ddpm.T"] == str(T)
+            assert numbers(row) == expected(T)
+            run_id = [row.info.run_id]
+            (count,) = connection.execute("SELECT count(*) FROM params WHERE run_uuid = %s", run_id)
+            assert count == (len(flatten(load_params(team[who] / "params.yaml"))),)
+            points = "SELECT step, value FROM metrics WHERE run_uuid = %s AND key = 'ddpm/loss' ORDER BY step"
+            assert list(connection.execute(points, run_id)) == [(10, T / 10), (20, T / 20)]
+            # MLflow gives the address mlflow-artifacts:, never the folder, so that no other machine looks for
+            # it on its own disk.
+            assert row.info.artifact_uri.startswith("mlflow-artifacts:/")
+            (files,) = folder.glob(f"artifacts/*/{row.info.run_id}/artifacts")
+            assert (files / "metrics/ddpm.json").read_text() == f'{{"fd": {T / 20 + 3}}}'
+            assert (files / "recipe/params.yaml").read_bytes() == (team[who] / "params.yaml").read_bytes()
+            assert next((files / "images").glob("ddpm~noising*.png"))
+            local = {".mlflow", "mlruns", "mlartifacts", "mlflow.db"}
+            assert local.isdisjoint(entry.name for entry in team[who].iterdir())
 
 
 def test_rows_of_a_colleague_are_found_and_left_as_they_are(
-    project: Checkout, server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    team: dict[str, Path], server: TrackingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a clone of another user with the experiment pulled, on the same server, `sync` makes no second row
-    and signs none.
-    """
-    storage, bare = tmp_path / "storage", tmp_path / "team.git"
-    project.dvc("remote", "add", "--local", "-d", "storage", str(storage))
-    project.git("init", "-q", "--bare", "-b", "main", str(bare))
-    project.git("remote", "add", "origin", str(bare))
-    project.git("push", "-q", "origin", "main")
-    project.dvc("exp", "push", "origin", "larger")
-    project.git("clone", "-q", str(bare), str(tmp_path / "colleague"))
-    colleague = Checkout(tmp_path / "colleague")
-    colleague.dvc("remote", "add", "--local", "-d", "storage", str(storage))
-    colleague.dvc("exp", "pull", "origin", "larger")
-
-    move_to(project, server, monkeypatch)
+    """In a clone of another user with the experiment pulled, `sync` makes no second row and signs none."""
+    enter(team["ours"], monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     sync(every=True)
-    before = {row.info.run_id: row.data.tags for row in rows_named(server, "")}
-    move_to(colleague, server, monkeypatch)
+    before = rows_of(server)
+    monkeypatch.chdir(team["theirs"])
     monkeypatch.setenv("LOGNAME", "colleague")  # where the name of the user is read from first
-    assert [(outcome.name, outcome.what) for outcome in sync(every=True)] == [("larger", "unchanged")]
-    assert {row.info.run_id: row.data.tags for row in rows_named(server, "")} == before
+    assert {outcome.name: outcome.what for outcome in sync(every=True)}["larger"] == "unchanged"
+    after = rows_of(server)
+    assert after.keys() == before.keys() and after["larger"].data.tags == before["larger"].data.tags
+
+
+def test_a_store_of_ones_own_gets_the_row_of_a_pulled_experiment(
+    team: dict[str, Path], server: TrackingServer, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(team["theirs"], monkeypatch)
+    Path(".mlflow").mkdir()
+    shutil.copy(empty_store, ".mlflow/mlflow.db")
+    assert {outcome.what for outcome in sync(every=True)} == {"made"}
+    row, original = rows(team["theirs"])["larger"], rows_of(server)["larger"]
+    assert numbers(row) == numbers(original) == expected(1000)
+    assert row.data.params == original.data.params and row.info.status == "FINISHED"
+    for tag in ("rediffuse.key", "rediffuse.params", "dvc.baseline", "dvc.exp_name", "dvc.exp_rev"):
+        assert row.data.tags[tag] == original.data.tags[tag]
+    assert {outcome.what for outcome in sync(every=True)} == {"unchanged"}
+
+
+def test_server_killed_in_mid_stage_costs_one_line_and_sync_adds_what_was_missed(
+    team: dict[str, Path],
+    server: TrackingServer,
+    database: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    enter(team["ours"], monkeypatch)
+    with tracking_server(database, folder) as doomed:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", doomed.uri)
+        with stage_run("train_ddpm", load_params()) as stage:
+            stage.log_curve(10, {"ddpm/loss": 100.0})
+            stage._open_row().flush()
+            doomed.kill()
+            began = time.monotonic()
+            stage.log_curve(20, {"ddpm/loss": 50.0})
+        assert time.monotonic() - began < LONGEST_WAIT
+    assert capsys.readouterr().err.count(LOST) == 1
+    (name,) = rows_of(server).keys() - {name for name, _ in EXPERIMENTS.values()}
+    assert name.startswith("repro-") and rows_of(server)[name].info.status == "RUNNING"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    assert {outcome.name: outcome.what for outcome in sync(every=True)}[name] == "completed"
+    row = rows_of(server)[name]
+    assert row.info.status == "FINISHED" and row.data.tags["stage.train_ddpm.status"] == "finished"
+    assert numbers(row) == expected(1000)
+    points = connect(server.uri).get_metric_history(row.info.run_id, "ddpm/loss")
+    assert sorted((point.step, point.value) for point in points) == [(10, 100.0), (20, 50.0)]

@@ -1,10 +1,11 @@
-"""Rows completed from DVC's state alone: a real pipeline of DVC with small stages, a real store, no stage
-that logs in time.
+"""Rows of experiments as people run them, and rows completed from DVC's state alone: real DVC, a real store,
+small stages.
 """
 
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,35 @@ from rediffuse.tracking.store import connect, experiment_id
 from rediffuse.tracking.sync import Outcome, sync
 from rediffuse.tracking.views import MOST, PRIMARY, PRIMARY_GREATER, TAG, update_experiment, view_of
 
-NUMBERS = {
-    "train_ddpm/loss": 25.0,
-    "ddpm/loss": 25.0,
-    "ddpm/fd": 28.0,
-}  # of the default parameters: T = 500, neighbours = 3
-
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def explored(untracked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy repository with an untracked experiment."""
+    root = tmp_path_factory.mktemp("explored") / "repository"
+    shutil.copytree(untracked, root, symlinks=True)
+    run(root, "dvc", "exp", "run", "--temp", "-n", "far", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
+    return root
+
+
 @pytest.fixture
-def repository(untracked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as working directory."""
-    root = Path(shutil.copytree(untracked, tmp_path / "repository", symlinks=True))
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy as working directory: of `untracked`, or of the fixture that the test names."""
+    root = tmp_path / "repository"
+    origin = request.getfixturevalue(getattr(request, "param", "untracked"))
+    shutil.copytree(origin, root, symlinks=True)
     enter(root, monkeypatch)
     return root
+
+
+with_experiment = pytest.mark.parametrize("root", ["explored"], indirect=True)
+
+
+def edit(root: Path, old: str, new: str, name: str = "params.yaml") -> None:
+    text = (root / name).read_text()
+    assert old in text
+    (root / name).write_text(text.replace(old, new))
 
 
 def files(root: Path, row: Any) -> dict[str, bytes]:
@@ -45,279 +60,233 @@ def files(root: Path, row: Any) -> dict[str, bytes]:
     }
 
 
-def statuses(row: Any) -> dict[str, str]:
-    tags = row.data.tags
-    return {stage: tags.get(f"stage.{stage.replace('@', '_')}.status", "") for stage in STAGES}
+def statuses(row: Any) -> list[str]:
+    return [row.data.tags.get(f"stage.{stage}.status", "") for stage in STAGES]
 
 
-def content(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file of the store, with the time of its last change: what a sync that changes nothing leaves
-    alone.
-    """
-    return {
-        str(path): (path.stat().st_mtime_ns if "artifacts" in path.parts else 0, path.read_bytes())
-        for path in (root / ".mlflow").rglob("*")
-        if path.is_file()
-    }
+def outcomes(**how: bool) -> dict[str, str]:
+    return {outcome.name: outcome.what for outcome in sync(**how)}
+
+
+def expected(T: int) -> dict[str, float]:
+    return {"train_ddpm/loss": T / 20, "ddpm/loss": T / 20, "ddpm/fd": T / 20 + 3}
+
+
+def check_curve(root: Path, row: Any) -> None:
+    client, T = connect(f"sqlite:///{root}/.mlflow/mlflow.db"), int(row.data.params["ddpm.T"])
+    points = client.get_metric_history(row.info.run_id, "ddpm/loss")
+    assert sorted((point.step, point.value) for point in points) == [(10, T / 10), (20, T / 20)]
 
 
 def check_unchanged(root: Path) -> None:
-    before = content(root)
-    assert {outcome.what for outcome in sync(every=True)} <= {"unchanged"}
-    assert content(root) == before
+    """A sync that changes nothing leaves every file of the store alone."""
+
+    def content() -> dict[str, tuple[int, bytes]]:
+        there = [path for path in (root / ".mlflow").rglob("*") if path.is_file()]
+        times = [path.stat().st_mtime_ns if "artifacts" in path.parts else 0 for path in there]
+        return {str(path): (at, path.read_bytes()) for path, at in zip(there, times, strict=True)}
+
+    before = content()
+    assert set(outcomes(every=True).values()) <= {"unchanged"}
+    assert content() == before
 
 
-def test_results_that_were_made_without_tracking_get_their_row_once(repository: Path) -> None:
-    (outcome,) = sync()
-    assert outcome.what == "made" and outcome.name.startswith("repro-")
-    row = rows(repository)[outcome.name]
-    assert row.info.status == "FINISHED"
-    assert row.data.params["ddpm.T"] == "500"
-    assert numbers(row) == NUMBERS
-    assert set(statuses(row).values()) == {"cached"}
-    assert (
-        len({row.data.tags[f"stage.{stage}.key"] for stage in ("prepare", "train_ddpm", "evaluate_ddpm")})
-        == 3
-    )
-    logged = files(repository, row)
-    assert set(logged) == {
-        *(f"recipe/{name}" for name in ("params.yaml", "dvc.yaml", "dvc.lock")),
-        *("metrics/train_ddpm.json", "metrics/ddpm.json", "metrics/evaluation/ddpm.json"),
-        *("images/ddpm~noising.png", "images/ddpm~noising.webp"),
-    }
-    for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
-        assert logged[f"recipe/{name}"] == (repository / name).read_bytes()
-    (entry,) = row.inputs.dataset_inputs
-    lock = (repository / "dvc.lock").read_text()
-    assert (
-        entry.dataset.name == "toy"
-        and entry.dataset.digest.endswith(".dir")
-        and f"md5: {entry.dataset.digest}" in lock
-    )
-    assert f"rediffuse rebuild {row.info.run_id}" in row.data.tags["mlflow.note.content"]
-    check_unchanged(repository)
+# As people run them
 
 
-def test_row_follows_its_results_into_the_commit_that_holds_them(repository: Path) -> None:
-    (made,) = sync()
-    run(repository, "git", "commit", "-q", "--allow-empty", "-m", "next")
-    assert sync() == []
-    assert list(rows(repository)) == [made.name]
+def test_two_workers_of_the_queue_and_a_plain_repro_make_one_complete_row_each(root: Path) -> None:
+    run(root, "dvc", "exp", "run", "--queue", "-n", "queued", "-S", "ddpm.T=100,200")
+    edit(root, "T: 500 ", "T: 600 ")
+    # The workers go on after it, and would hold pipes open.  There is no store yet: all three race for it.
+    run(root, "sh", "-c", "dvc queue start -j 2 >/dev/null 2>&1")
+    assert "tracking is off" not in run(root, "dvc", "repro").stderr
+    end = time.monotonic() + 200
+    while len(experiments(root)) < 2:
+        assert time.monotonic() < end, run(root, "dvc", "queue", "status").stdout
+        time.sleep(0.2)
+    run(root, "dvc", "queue", "stop")
+    found = rows(root)
+    (plain,) = (name for name in found if name.startswith("repro-"))
+    values = {"queued-1": 100, "queued-2": 200, plain: 600}
+    for _ in ("by the stages", "by sync"):
+        assert found.keys() == values.keys()
+        for name, T in values.items():
+            row = found[name]
+            assert (row.info.status, statuses(row)) == ("FINISHED", ["cached", "finished", "finished"])
+            assert row.data.params["ddpm.T"] == str(T) and row.data.tags["rediffuse.attempt"] == "1"
+            assert numbers(row) == expected(T)
+            check_curve(root, row)
+            assert "images/ddpm~noising.png" in files(root, row)
+        sync()
+        found = rows(root)
+    assert all(found[name].data.tags["dvc.exp_rev"] for name in ("queued-1", "queued-2"))
+    assert not list(root.glob(".dvc/tmp/exps/tmp*/.mlflow"))
 
 
-def test_row_of_a_plain_repro_is_completed_though_its_results_were_committed_first(repository: Path) -> None:
-    text = (repository / "params.yaml").read_text()
-    (repository / "params.yaml").write_text(text.replace("T: 500 ", "T: 600 "))
-    run(repository, "dvc", "repro")
-    run(repository, "git", "commit", "-q", "-a", "-m", "results")
-    ((name, row),) = rows(repository).items()
-    lock = (repository / "dvc.lock").read_bytes()
-    assert files(repository, row)["recipe/dvc.lock"] != lock
-    assert [(outcome.name, outcome.what) for outcome in sync()] == [(name, "completed")]
-    assert list(rows(repository)) == [name] and files(repository, row)["recipe/dvc.lock"] == lock
-    assert sync() == []
-    check_unchanged(repository)
-
-
-def test_row_of_half_a_pipeline_is_completed_when_the_rest_has_run(repository: Path) -> None:
-    edit(repository, "T: 500 ", "T: 600 ", "params.yaml")
-    run(repository, "dvc", "repro", "train_ddpm")
-    assert [outcome.what for outcome in sync()] == ["completed"]
-    run(repository, "dvc", "repro")
-    assert [outcome.what for outcome in sync()] == ["completed"]
-    ((_, row),) = rows(repository).items()
-    assert files(repository, row)["recipe/dvc.lock"] == (repository / "dvc.lock").read_bytes()
-    check_unchanged(repository)
-
-
-def test_stages_that_are_not_up_to_date_make_no_row(repository: Path) -> None:
-    text = (repository / "params.yaml").read_text()
-    (repository / "params.yaml").write_text(text.replace("neighbours: 3 ", "neighbours: 4 "))
-    assert sync() == []
-    assert rows(repository) == {}
-
-
-def test_a_stage_counts_only_if_all_before_it_are_up_to_date(repository: Path) -> None:
-    def up_to_date() -> set[str]:
-        return set(lineage_of_checkout(repository).results)
-
-    assert up_to_date() == set(STAGES)
-    text = (repository / "params.yaml").read_text()
-    (repository / "params.yaml").write_text(text.replace("T: 500 ", "T: 600 "))
-    assert up_to_date() == {"prepare"}  # the evaluation agrees with its inputs: they are stale
-    (repository / "params.yaml").write_text(text)
-    (repository / "metrics" / "ddpm.json").write_text("{}")
-    assert up_to_date() == {"prepare", "train_ddpm"}
-
-
-def test_row_of_a_run_gets_the_final_lock_and_a_cached_one_names_where_its_results_come_from(
-    repository: Path,
+def test_killed_experiment_goes_on_in_its_row_and_a_cached_one_names_where_its_results_come_from(
+    root: Path,
 ) -> None:
-    run(repository, "dvc", "exp", "run", "-n", "first", "-S", "ddpm.T=1000", TOY_TORCH="1")
-    row = rows(repository)["first"]
-    assert statuses(row) == {"prepare": "cached", "train_ddpm": "finished", "evaluate_ddpm": "finished"}
-    assert "dvc.exp_rev" not in row.data.tags and row.data.tags["rediffuse.state"]
-    (outcome,) = sync()  # the files are the experiment's, so they make no second row
-    assert (outcome.name, outcome.what) == ("first", "completed")
-    ((baseline, _), commit) = next(iter(experiments(repository).items()))
-    first = rows(repository)["first"]
-    head = run(repository, "git", "rev-parse", "HEAD").stdout.strip()
-    assert first.data.tags["dvc.exp_rev"] == commit and first.data.tags["dvc.baseline"] == baseline == head
-    committed = run(repository, "git", "show", f"{commit}:dvc.lock").stdout.encode()
-    assert files(repository, first)["recipe/dvc.lock"] == committed
-    check_unchanged(repository)
+    (root / "stop").touch()
+    killed = run(root, "dvc", "exp", "run", "-n", "first", "-S", "ddpm.T=1000", check=False)
+    row = rows(root)["first"]
+    assert killed.returncode != 0 and row.info.status == "RUNNING"
+    assert Outcome("first", row.info.run_id, "killed") in sync()
+    row = rows(root)["first"]
+    assert (row.info.status, statuses(row)) == ("KILLED", ["", "killed", ""])
 
-    run(repository, "git", "checkout", "-q", "--", ".")
-    run(repository, "dvc", "checkout")
-    said = run(repository, "dvc", "exp", "run", "-n", "second", "-S", "ddpm.T=1000").stdout
-    assert "Running stage" not in said and set(rows(repository)) == {"first"}
-    assert {outcome.name: outcome.what for outcome in sync()}["second"] == "made"
-    second = rows(repository)["second"]
-    assert numbers(first) == numbers(second) == {"train_ddpm/loss": 50.0, "ddpm/loss": 50.0, "ddpm/fd": 53.0}
+    (root / "stop").unlink()
+    below = root / "notes"  # a stage that is run from a subfolder writes into the same store
+    below.mkdir()
+    command = ("exp", "run", "-n", "first", "-S", "../params.yaml:ddpm.T=1000", "../dvc.yaml")
+    run(below, "dvc", *command, TOY_TORCH="1")
+    assert not list(below.iterdir())
+    again = rows(root)["first"]
+    assert again.info.run_id == row.info.run_id and again.info.status == "FINISHED"
+    assert statuses(again) == ["cached", "finished", "finished"]
+    assert "dvc.exp_rev" not in again.data.tags and again.data.tags["rediffuse.state"]
+    assert outcomes() == {"first": "completed"}  # the files are the experiment's, so they make no second row
+    first, (((baseline, _), commit),) = rows(root)["first"], experiments(root).items()
+    assert first.data.tags["dvc.exp_rev"] == commit
+    assert first.data.tags["dvc.baseline"] == baseline == run(root, "git", "rev-parse", "HEAD").stdout.strip()
+    committed = run(root, "git", "show", f"{commit}:dvc.lock").stdout
+    assert files(root, first)["recipe/dvc.lock"].decode() == committed
+
+    run(root, "git", "checkout", "-q", "--", ".")
+    run(root, "dvc", "checkout")
+    assert "Running stage" not in run(root, "dvc", "exp", "run", "-n", "second", "-S", "ddpm.T=1000").stdout
+    assert rows(root).keys() == {"first"} and outcomes()["second"] == "made"
+    second = rows(root)["second"]
+    assert numbers(first) == numbers(second) == expected(1000)
     assert first.data.params == second.data.params
-    assert second.info.status == "FINISHED" and statuses(second)["train_ddpm"] == "cached"
+    assert (second.info.status, statuses(second)) == ("FINISHED", ["cached"] * 3)
     assert second.data.tags["stage.train_ddpm.origin_run"] == first.info.run_id
     environment = "stage.train_ddpm.environment"
     assert second.data.tags[environment] == first.data.tags[environment]
-    logged = [files(repository, row) for row in (first, second)]
-    for name in ("images/ddpm~noising.png", "metrics/ddpm.json", "recipe/params.yaml"):
+    logged = [files(root, row) for row in (first, second)]
+    for name in ("images/ddpm~noising.png", "metrics/ddpm.json"):
         assert logged[0][name] == logged[1][name]
-    check_unchanged(repository)
+    check_unchanged(root)
 
 
-def test_killed_run_is_told_and_goes_on_in_its_row(repository: Path) -> None:
-    (repository / "stop").touch()
-    command = ("dvc", "exp", "run", "-n", "unlucky", "-S", "ddpm.T=1000")
-    assert run(repository, *command, check=False).returncode != 0
-    assert rows(repository)["unlucky"].info.status == "RUNNING"
-    assert Outcome("unlucky", rows(repository)["unlucky"].info.run_id, "killed") in sync()
-    row = rows(repository)["unlucky"]
-    assert (row.info.status, statuses(row)["train_ddpm"]) == ("KILLED", "killed")
-    (repository / "stop").unlink()
-    run(repository, *command)
-    again = rows(repository)["unlucky"]
-    assert again.info.run_id == row.info.run_id and again.info.status == "FINISHED"
-    assert numbers(again)["ddpm/fd"] == 53.0
-    sync()
-    check_unchanged(repository)
+def test_row_of_half_a_pipeline_is_completed_though_the_rest_was_committed_first(root: Path) -> None:
+    edit(root, "T: 500 ", "T: 600 ")
+    run(root, "dvc", "repro", "train_ddpm")
+    assert list(outcomes().values()) == ["completed"]
+    run(root, "dvc", "repro")
+    run(root, "git", "commit", "-q", "-a", "-m", "results")
+    ((name, row),) = rows(root).items()
+    lock = (root / "dvc.lock").read_bytes()
+    assert files(root, row)["recipe/dvc.lock"] != lock
+    assert outcomes() == {name: "completed"}
+    assert list(rows(root)) == [name] and files(root, row)["recipe/dvc.lock"] == lock
+    assert sync() == []
+    check_unchanged(root)
 
 
-def test_what_was_missed_while_the_store_was_away_arrives_afterwards(repository: Path) -> None:
-    (repository / ".mlflow").write_text("not a folder")
-    said = run(repository, "dvc", "exp", "run", "-n", "deaf", "-S", "ddpm.T=1000")
-    assert said.stderr.count("tracking is off for the rest of stage") == 2
+def test_stage_that_writes_the_same_bytes_again_completes_the_row(root: Path) -> None:
+    edit(root, "deps: [raw.txt, stage.py]", "deps: [raw.txt, stage.py, notes.txt]", "dvc.yaml")
+    (root / "notes.txt").write_text("1")
+    assert run(root, "dvc", "repro").stdout.count("Running stage") == 1
+    ((name, first),) = rows(root).items()
+    assert first.data.tags["rediffuse.state"] and "images/ddpm~noising.png" in files(root, first)
+    run(root, "dvc", "repro", "-f", "-s", "prepare")
+    second = rows(root)[name]
+    assert second.info.run_id != first.info.run_id and second.data.tags["rediffuse.attempt"] == "2"
+    for row in (first, second):
+        assert numbers(row) == expected(500) and statuses(row) == ["finished", "cached", "cached"]
+
+
+# From what DVC knows
+
+
+def test_results_that_were_made_without_tracking_get_their_row_once(root: Path) -> None:
+    (root / ".mlflow").write_text("not a folder")
     with pytest.raises(UserError, match="rediffuse sync"):
         sync()
-    (repository / ".mlflow").unlink()
-    assert {outcome.name: outcome.what for outcome in sync()} == {"deaf": "made"}
-    row = rows(repository)["deaf"]
-    assert numbers(row)["ddpm/fd"] == 53.0 and row.info.status == "FINISHED"
-    client = connect(f"sqlite:///{repository}/.mlflow/mlflow.db")
-    points = [(point.step, point.value) for point in client.get_metric_history(row.info.run_id, "ddpm/loss")]
-    assert sorted(points) == [(10, 100.0), (20, 50.0)]
-    check_unchanged(repository)
+    (root / ".mlflow").unlink()
+    (outcome,) = sync()
+    assert outcome.what == "made" and outcome.name.startswith("repro-")
+    row = rows(root)[outcome.name]
+    assert (row.info.status, statuses(row)) == ("FINISHED", ["cached"] * 3)
+    assert numbers(row) == expected(500) and row.data.params["ddpm.T"] == "500"
+    check_curve(root, row)
+    assert len({row.data.tags[f"stage.{stage}.key"] for stage in STAGES}) == 3
+    recipe = ("params.yaml", "dvc.yaml", "dvc.lock")
+    logged = files(root, row)
+    assert set(logged) == {
+        *(f"recipe/{name}" for name in recipe),
+        *("metrics/train_ddpm.json", "metrics/ddpm.json", "metrics/evaluation/ddpm.json"),
+        *("images/ddpm~noising.png", "images/ddpm~noising.webp"),
+    }
+    assert all(logged[f"recipe/{name}"] == (root / name).read_bytes() for name in recipe)
+    (entry,) = row.inputs.dataset_inputs
+    assert entry.dataset.name == "toy" and f"md5: {entry.dataset.digest}" in (root / "dvc.lock").read_text()
+    assert f"rediffuse rebuild {row.info.run_id}" in row.data.tags["mlflow.note.content"]
+    check_unchanged(root)
+    run(root, "git", "commit", "-q", "--allow-empty", "-m", "next")
+    assert sync() == [] and list(rows(root)) == [outcome.name]
 
 
-def test_only_experiments_on_the_commit_in_hand_unless_all_are_asked_for(repository: Path) -> None:
-    run(
-        repository,
-        "dvc",
-        "exp",
-        "run",
-        "--temp",
-        "-n",
-        "old",
-        "-S",
-        "evaluate.neighbours=7",
-        REDIFFUSE_TRACKING="off",
-    )
-    run(repository, "git", "commit", "-q", "--allow-empty", "-m", "next")
-    assert "old" not in {outcome.name for outcome in sync()}
-    assert {outcome.name: outcome.what for outcome in sync(every=True)}["old"] == "made"
-    assert numbers(rows(repository)["old"])["ddpm/fd"] == 32.0
-    check_unchanged(repository)
+def test_a_stage_counts_only_if_all_before_it_are_up_to_date(root: Path) -> None:
+    def up_to_date() -> list[str]:
+        return list(lineage_of_checkout(root).results)
+
+    assert up_to_date() == STAGES
+    edit(root, "T: 500 ", "T: 600 ")
+    assert up_to_date() == ["prepare"]  # the evaluation agrees with its inputs: they are stale
+    edit(root, "T: 600 ", "T: 500 ")
+    (root / "metrics" / "ddpm.json").write_text("{}")
+    assert up_to_date() == ["prepare", "train_ddpm"]
+    assert sync() == [] and rows(root) == {}
 
 
-def test_experiment_whose_data_are_elsewhere_gets_what_there_is(repository: Path, tmp_path: Path) -> None:
-    run(repository, "dvc", "exp", "run", "--temp", "-n", "far", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
-    kept = tmp_path / "cache"
-    shutil.move(repository / ".dvc" / "cache", kept)
-    outcome = next(outcome for outcome in sync() if outcome.name == "far")
-    assert outcome.what.startswith("made") and "train_ddpm" in outcome.what and "dvc exp pull" in outcome.what
-    row = rows(repository)["far"]
-    assert numbers(row)["ddpm/fd"] == 53.0
-    assert not any(name.startswith("images/") for name in files(repository, row))
-    shutil.move(kept, repository / ".dvc" / "cache")
-    assert next(outcome.what for outcome in sync() if outcome.name == "far") == "completed"
-    assert "images/ddpm~noising.png" in files(repository, row)
-    check_unchanged(repository)
+@with_experiment
+def test_experiment_whose_data_are_elsewhere_gets_what_there_is(root: Path, tmp_path: Path) -> None:
+    cache = root / ".dvc" / "cache"
+    shutil.move(cache, tmp_path / "cache")
+    what = outcomes()["far"]
+    assert what.startswith("made") and "train_ddpm" in what and "dvc exp pull" in what
+    row = rows(root)["far"]
+    assert numbers(row) == expected(1000)
+    assert not any(name.startswith("images/") for name in files(root, row))
+    shutil.move(tmp_path / "cache", cache)
+    assert outcomes()["far"] == "completed"
+    assert "images/ddpm~noising.png" in files(root, row)
+    check_unchanged(root)
 
 
-# Nothing to complete from
+@with_experiment
+def test_only_experiments_on_the_commit_in_hand_unless_all_are_asked_for(root: Path) -> None:
+    run(root, "git", "commit", "-q", "--allow-empty", "-m", "next")
+    assert "far" not in outcomes() and outcomes(every=True)["far"] == "made"
 
 
-def test_experiment_on_data_that_no_commit_has_says_which_and_what_to_do(repository: Path) -> None:
-    (repository / "data" / "digits").mkdir()
-    (repository / "data" / "digits" / "a.txt").write_text("1")
-    run(repository, "dvc", "add", "-q", "data/digits")
-    text = (repository / "dvc.yaml").read_text()
-    (repository / "dvc.yaml").write_text(
-        text.replace("deps: [raw.txt, stage.py]", "deps: [data/digits, stage.py]")
-    )
-    run(repository, "dvc", "exp", "run", "-n", "digits", REDIFFUSE_TRACKING="off")
-    what = {outcome.name: outcome.what for outcome in sync()}["digits"]
-    assert what.startswith(
-        "skipped: stage prepare does not agree with its dvc.lock: data/digits is in no commit"
-    )
-    assert "`git add data/digits.dvc` and commit before `dvc exp run`" in what and "stage.py" not in what
-
-
-def test_experiment_whose_code_was_edited_by_hand_says_what_differs(repository: Path) -> None:
-    run(repository, "dvc", "exp", "run", "-n", "edited", "-S", "ddpm.T=1000", REDIFFUSE_TRACKING="off")
-    ((_, commit),) = experiments(repository).items()
-    ref = run(
-        repository, "git", "for-each-ref", "--format=%(refname)", "--points-at", commit, "refs/exps"
-    ).stdout.split()[-1]
-    run(repository, "git", "checkout", "-q", "-f", "--detach", commit)
-    with (repository / "stage.py").open("a") as code:
-        code.write("# another")
-    run(repository, "git", "commit", "-q", "-a", "-m", "by hand")
-    run(repository, "git", "update-ref", ref, "HEAD")
-    run(repository, "git", "checkout", "-q", "-f", "main")
-    what = {outcome.name: outcome.what for outcome in sync()}["edited"]
-    assert what == "skipped: stage prepare does not agree with its dvc.lock: stage.py differs"
-
-
-# The last process that runs completes the row
-
-
-def edit(root: Path, old: str, new: str, name: str = "stage.py") -> None:
-    text = (root / name).read_text()
-    assert old in text
-    (root / name).write_text(text.replace(old, new))
-
-
-def test_stage_that_writes_the_same_bytes_again_completes_the_row(repository: Path) -> None:
-    edit(repository, "deps: [raw.txt, stage.py]", "deps: [raw.txt, stage.py, notes.txt]", "dvc.yaml")
-    (repository / "notes.txt").write_text("1")
-    assert run(repository, "dvc", "repro").stdout.count("Running stage") == 1
-    ((name, row),) = rows(repository).items()
-    assert numbers(row) == NUMBERS and "images/ddpm~noising.png" in files(repository, row)
-    assert statuses(row) == {"prepare": "finished", "train_ddpm": "cached", "evaluate_ddpm": "cached"}
-    assert row.data.tags["rediffuse.state"]
-    run(repository, "dvc", "repro", "-f", "-s", "prepare")  # a second attempt in the row of the commit
-    assert numbers(rows(repository)[name]) == NUMBERS
-
-
-def test_row_of_two_stages_that_run_again_is_complete(repository: Path) -> None:
-    edit(repository, "T: 500 ", "T: 600 ", "params.yaml")
-    run(repository, "dvc", "repro")
-    ((name, first),) = rows(repository).items()
-    run(repository, "dvc", "repro", "-f", "-s", "train_ddpm", "evaluate_ddpm")
-    again = rows(repository)[name]
-    assert again.info.run_id != first.info.run_id and again.data.tags["rediffuse.attempt"] == "2"
-    assert numbers(again) == numbers(first) == {"train_ddpm/loss": 30.0, "ddpm/loss": 30.0, "ddpm/fd": 33.0}
-    assert statuses(again) == {"prepare": "cached", "train_ddpm": "finished", "evaluate_ddpm": "finished"}
+@with_experiment
+@pytest.mark.parametrize(
+    ("names", "old", "new", "words"),
+    [
+        (["stage.py"], "import json", "import  json", "stage.py differs"),
+        (
+            ["dvc.yaml", "dvc.lock"],
+            "raw.txt",
+            "data/digits",
+            "data/digits is in no commit (`git add data/digits.dvc` and commit before `dvc exp run`)",
+        ),
+    ],
+    ids=["code edited by hand", "data that no commit has"],
+)
+def test_experiment_that_does_not_agree_with_its_lock_says_why(
+    root: Path, names: list[str], old: str, new: str, words: str
+) -> None:
+    (((baseline, name), commit),) = experiments(root).items()
+    run(root, "git", "checkout", "-q", "-f", "--detach", commit)
+    for edited in names:
+        edit(root, old, new, edited)
+    run(root, "git", "commit", "-q", "-a", "-m", "by hand")
+    run(root, "git", "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}", "HEAD")
+    run(root, "git", "checkout", "-q", "-f", "main")
+    (root / "data" / "digits.dvc").write_text("outs:\n- path: digits\n")
+    assert outcomes()["far"] == f"skipped: stage prepare does not agree with its dvc.lock: {words}"
 
 
 # The page that compares rows
@@ -359,13 +328,8 @@ def test_page_and_primary_metric_follow_the_instruments_of_the_rows(
 
 
 def test_page_fits_into_a_tag() -> None:
-    names = [
-        f"{model}/{'i' * 60}-v{i}/{score}"
-        for i in range(20)
-        for model in ("vae", "ddpm")
-        for score in ("fd", "precision", "recall")
-    ]
-    assert len(view_of([names])) < 20_000
+    scores = [f"{model}/{{}}/{score}" for model in ("vae", "ddpm") for score in ("fd", "precision", "recall")]
+    assert len(view_of([[score.format("i" * 60 + f"-v{i}") for i in range(20) for score in scores]])) < 20_000
 
 
 def test_outside_a_repository_the_remedy_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,20 +19,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import yaml
 from filelock import FileLock, Timeout
+from tiny_checkout import CLASSES, SHAPE, write_params
 from torch import Tensor, nn
 
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Training
 from rediffuse.runtime import device as hardware
-from rediffuse.runtime.device import seed_for
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.kinds import Kind
 from rediffuse.runtime.weights import Rebuildable
 from rediffuse.training.checkpoint import Checkpoint, fingerprint, resumable
 from rediffuse.training.curves import Curves
 from rediffuse.training.loop import Trainer
+from stages import train_ddpm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,9 +55,13 @@ class Net(Rebuildable):
 
 
 class Step:
-    """Regression to noise.  Notes the images, the learning rates and the weights it sees."""
+    """Regression to noise.  Notes the images, the learning rates and the weights it sees.
 
-    def __init__(self) -> None:
+    killed_after: this many steps.
+    """
+
+    def __init__(self, killed_after: int | None = None) -> None:
+        self.killed_after = killed_after
         self.trainer: Any = None
         self.images: list[int] = []
         self.seen: list[int] = []
@@ -67,7 +72,9 @@ class Step:
         return {"target": torch.randn(shape[0], 3, generator=generator)}
 
     def __call__(self, model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-        assert model.training
+        if len(self.seen) == self.killed_after:
+            raise Killed
+        assert model.training and labels is not None and labels.tolist() == images[:, 0, 0, 0].tolist()
         self.images += images[:, 0, 0, 0].tolist()
         self.seen.append(seen)
         if self.trainer:
@@ -94,26 +101,20 @@ class Killed(BaseException):
     """What kill -9 is to a test in one process."""
 
 
-class DyingStep(Step):
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
+class Log:
+    """Notes what a training reports.  It also draws random numbers, which must change nothing."""
 
-    def __call__(self, *arguments: Any) -> Any:
-        if self.left == 0:
-            raise Killed
-        self.left -= 1
-        return super().__call__(*arguments)
-
-
-class SilentLog:
-    """Where a training reports to in these tests."""
+    def __init__(self) -> None:
+        self.curves: list[tuple[int, dict[str, float]]] = []
+        self.models: list[tuple[int, Tensor]] = []
 
     def log_curve(self, images_seen: int, values: dict[str, float]) -> None:
-        pass
+        np.random.rand(round(10 * random.random() + torch.rand(()).item()))
+        self.curves.append((images_seen, values))
 
-    def log_model(self, images_seen: int, model: nn.Module) -> None:
-        pass
+    def log_model(self, images_seen: int, model: Any) -> None:
+        assert not model.training and not torch.is_grad_enabled()
+        self.models.append((images_seen, model.linear.weight.clone()))
 
 
 def training(**changes: Any) -> Training:
@@ -143,7 +144,7 @@ def make_trainer(step: Any = None, *, n: int = 10, **changes: Any) -> Trainer[Ne
         "precision": "float32",
         "compile": "never",
         "validate": lambda net, images, labels: {"norm": net.linear.weight.norm().item()},
-        "log": SilentLog(),
+        "log": None,
     }
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     trainer = Trainer(config=training(**changes), **arguments)
@@ -181,12 +182,12 @@ def assert_same(found: Found, expected: Found) -> None:
 # Exact resume
 
 
-@pytest.mark.parametrize("kills", [[0], [2], [3], [4], [10], [14], [4, 4, 2, 5]])
+@pytest.mark.parametrize("kills", [[2], [3], [10], [4, 4, 2, 5]])
 def test_resume_is_bit_exact_wherever_the_run_was_killed(tmp_path, kills):
     expected = run(tmp_path / "undisturbed")
     for at in kills:
         with pytest.raises(Killed):
-            run(tmp_path / "killed", DyingStep(at))
+            run(tmp_path / "killed", Step(killed_after=at))
     resumed, again = Step(), Step()
     assert_same(run(tmp_path / "killed", resumed), expected)
     if len(kills) == 1:  # it went on from the last checkpoint: one each 12 images, 3 steps
@@ -196,21 +197,12 @@ def test_resume_is_bit_exact_wherever_the_run_was_killed(tmp_path, kills):
 
 
 def test_random_numbers_drawn_by_others_change_nothing(tmp_path):
-    class Careless(SilentLog):
-        def log_curve(self, *_: Any) -> None:
-            torch.rand(3)
-            np.random.rand(3)
-            random.random()
-
-        log_model = log_curve
-
     def validate(net: Net, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         torch.manual_seed(int(torch.rand(()).item() * 1000))
         return {"norm": net.linear.weight.norm().item()}
 
     expected = run(tmp_path / "careful")
-    assert_same(run(tmp_path / "careless", log=Careless(), validate=validate), expected)
-    assert_same(run(tmp_path / "without", log=None), expected)
+    assert_same(run(tmp_path / "careless", log=Log(), validate=validate), expected)
 
 
 def test_every_step_has_noise_and_dropout_of_its_own(tmp_path):
@@ -220,21 +212,10 @@ def test_every_step_has_noise_and_dropout_of_its_own(tmp_path):
     assert len({row["loss"] for row in curves.training}) == 20
 
 
-def test_another_seed_is_another_run(tmp_path):
-    one, other = run(tmp_path / "1", seed=1)[0], run(tmp_path / "2", seed=2)[0]
-    assert not torch.equal(one["model.linear.weight"], other["model.linear.weight"])
-
-
-def test_seeds_of_different_parts_differ():
-    parts = [(), (0,), (1,), (0, 0), (1, 0), (0, 1), (1, 0, 0), (1, 2, 3), (3, 2, 1), (2**32 - 1, 1)]
-    seeds = [seed_for(*part) for part in parts]
-    assert len(set(seeds)) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
-
-
 # The order of the images
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 23, 50])
+@pytest.mark.parametrize("batch", [4, 23, 50])
 def test_every_epoch_holds_each_image_once_and_batches_reach_across(tmp_path, batch):
     found = trained(tmp_path, n=23, images=230, batch=batch, lr_warmup=0).images
     epochs = [found[start : start + 23] for start in range(0, len(found) - 22, 23)]
@@ -249,31 +230,18 @@ def test_order_depends_on_the_seed_and_not_on_the_batch(tmp_path):
     assert one == same != other
 
 
-def test_labels_are_those_of_the_images(tmp_path):
-    found: list[Tensor] = []
-
-    @Noiseless
-    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-        assert labels is not None
-        found.append(labels - 2 * images[:, 0, 0, 0])
-        return model(images).square().mean(), {}
-
-    run(tmp_path, step, train=(numbered(10), 2 * torch.arange(10)))
-    assert found and not torch.cat(found).any()
-
-
 # The learning rate
 
 
 def test_learning_rate_rises_linearly_and_falls_along_a_cosine_or_stays(tmp_path):
-    long: dict[str, Any] = {"images": 400, "batch": 4, "lr": 0.2}
+    long: dict[str, Any] = {"images": 80, "batch": 4, "lr": 0.2}
     cosine = trained(tmp_path, lr_warmup=0, **long).rates
-    expected = [0.2 * math.cos(math.pi * done / 200) ** 2 for done in range(100)]
+    expected = [0.2 * math.cos(math.pi * done / 40) ** 2 for done in range(20)]
     assert cosine == pytest.approx(expected) and cosine[0] == 0.2
     warmed = trained(tmp_path, lr_warmup=40, **long).rates
     assert warmed == pytest.approx([rate * min(1, (i + 1) / 10) for i, rate in enumerate(cosine)])
     constant = trained(tmp_path, lr_warmup=40, lr_decay="constant", **long).rates
-    assert constant == pytest.approx([0.2 * min(1, (i + 1) / 10) for i in range(100)])
+    assert constant == pytest.approx([0.2 * min(1, (i + 1) / 10) for i in range(20)])
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -291,7 +259,7 @@ def test_gradients_are_clipped(tmp_path):
 # The average
 
 
-@pytest.mark.parametrize("half_life", [0, 1, 10, 10**6])
+@pytest.mark.parametrize("half_life", [0, 10, 10**6])
 def test_average_follows_its_recursion(tmp_path, half_life):
     step = Step()
     state, _, trainer = run(tmp_path, step, ema_half_life=half_life)
@@ -307,21 +275,16 @@ def test_average_follows_its_recursion(tmp_path, half_life):
 
 
 def test_validation_and_log_see_the_average_in_evaluation_mode(tmp_path):
-    validated, logged = [], []
-
-    class Log(SilentLog):
-        def log_model(self, images_seen: int, model: Any) -> None:
-            assert not model.training and not torch.is_grad_enabled()
-            logged.append((images_seen, model.linear.weight.clone()))
+    validated, log = [], Log()
 
     def validate(net: Net, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         assert torch.equal(images, numbered(3)) and labels is None and not net.training
         validated.append(net.linear.weight.clone())
         return {"x": 0.0}
 
-    state, _, trainer = run(tmp_path, validate=validate, log=Log())
-    assert [seen for seen, _ in logged] == [16, 32, 48, 60]
-    assert all(torch.equal(a, b) for a, (_, b) in zip(validated, logged, strict=True))
+    state, _, trainer = run(tmp_path, validate=validate, log=log)
+    assert [seen for seen, _ in log.models] == [16, 32, 48, 60]
+    assert all(torch.equal(a, b) for a, (_, b) in zip(validated, log.models, strict=True))
     assert torch.equal(validated[-1], state["average.linear.weight"])
     assert trainer.model.training and not trainer.average.model.training
 
@@ -330,11 +293,7 @@ def test_validation_and_log_see_the_average_in_evaluation_mode(tmp_path):
 
 
 def test_curves_are_means_over_the_steps_since_the_last_point(tmp_path):
-    logged = []
-
-    class Log(SilentLog):
-        def log_curve(self, images_seen: int, values: dict[str, float]) -> None:
-            logged.append((images_seen, values))
+    log = Log()
 
     @Noiseless
     def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
@@ -343,22 +302,25 @@ def test_curves_are_means_over_the_steps_since_the_last_point(tmp_path):
         return model(images).square().mean(), {"number": torch.tensor([2.0 * number, 2.0]), "rare": rare}
 
     settings: dict[str, Any] = {"images": 21, "batch": 3, "log_every": 10, "validate_every": 100}
-    _, curves, _ = run(tmp_path, step, log=Log(), **settings)
+    _, curves, _ = run(tmp_path, step, log=log, **settings)
     # A point after the step that passes a multiple of 10 images, and after the last: at 12 and at 21 images.
     assert curves.training == [{"images": 12, "number": 1.5, "rare": 5.0}, {"images": 21, "number": 5.0}]
     assert [row["images"] for row in curves.validation] == [21]
-    assert logged[:2] == [(12, {"ddpm/number": 1.5, "ddpm/rare": 5.0}), (21, {"ddpm/number": 5.0})]
-    assert logged[2] == (21, {"ddpm/validation_norm": curves.validation[0]["validation_norm"]})
+    assert log.curves[:2] == [(12, {"ddpm/number": 1.5, "ddpm/rare": 5.0}), (21, {"ddpm/number": 5.0})]
+    assert log.curves[2] == (21, {"ddpm/validation_norm": curves.validation[0]["validation_norm"]})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("every", "what"), [(16, "loss"), (1000, "weights")])
-def test_what_is_not_finite_is_named_and_never_kept(tmp_path, value, every, what):
-    """Also between two points of the curve: a checkpoint of such weights would fail every restart."""
+@pytest.mark.parametrize(("every", "what"), [(8, "loss"), (1000, "weights")])
+def test_what_is_not_finite_is_named_and_never_kept(tmp_path, every, what):
+    """One weight is enough, also between two points of the curve: every restart from it would fail."""
 
     @Noiseless
     def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-        loss = model(images).square().mean() * (value if seen >= 12 else 1)
+        loss = model(images).square().mean()
+        if seen == 20 and what == "weights":  # in the step before the checkpoint
+            model.linear.bias.data[0] = torch.inf  # which backward does not read
+        elif seen == 20:
+            loss = loss * torch.nan
         return loss, {"loss": torch.stack([loss.detach(), torch.ones(())])}
 
     with pytest.raises(UserError, match=rf"ddpm: .*{what}.*ddpm\.training\.lr \(0\.01\).*clip_norm \(1\.0\)"):
@@ -366,19 +328,6 @@ def test_what_is_not_finite_is_named_and_never_kept(tmp_path, value, every, what
     kept = Checkpoint(tmp_path / "run.pt").load()
     assert kept is not None and kept["done"] == 3
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
-
-
-def test_one_weight_that_is_not_finite_is_enough(tmp_path):
-    @Noiseless
-    def step(model: Net, images: Tensor, labels: Tensor | None, noise: Any, seen: int) -> Any:
-        loss = model(images).square().mean()
-        if seen == 8:  # in the step before the checkpoint; backward does not read the bias
-            model.linear.bias.data[0] = torch.inf
-        return loss, {"loss": torch.stack([loss.detach(), torch.ones(())])}
-
-    with pytest.raises(UserError, match="weights are not finite after 12 images"):
-        run(tmp_path, step, log_every=1000, validate_every=1000, checkpoint_every=12)
-    assert Checkpoint(tmp_path / "run.pt").load() is None
 
 
 @pytest.mark.parametrize(("precision", "half"), [("auto", True), ("auto", False), ("float32", True)])
@@ -431,40 +380,19 @@ def test_a_checkpoint_waits_for_its_own_training_and_goes_when_that_succeeds(tmp
     assert list(tmp_path.glob("*.pt")) == list(tmp_path.glob("*.tmp")) == []
 
 
-CODE_THAT_TRAINS = ["rediffuse.training.new", "rediffuse.vae", "stages.new", "__main__"]
-
-
-@pytest.mark.parametrize("name", [*CODE_THAT_TRAINS, "rediffuse.tracking.new", "rediffuse.vaeish", "os.new"])
-def test_a_fingerprint_changes_only_with_the_code_that_trains(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [("rediffuse.vae", True), ("stages.new", True), ("rediffuse.tracking.new", False), ("os.new", False)],
+)
+def test_a_fingerprint_changes_only_with_the_code_that_trains(tmp_path, monkeypatch, name, trains):
     module = types.ModuleType(name)
     module.__file__ = str(tmp_path / "new.py")
     (tmp_path / "new.py").write_text("x = 1")
     monkeypatch.setitem(sys.modules, name, module)
     before = fingerprint({"a": 1}, [])
-    assert before == fingerprint({"a": 1}, []) and before != fingerprint({"a": 2}, [])
     (tmp_path / "new.py").write_text("x = 2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert (fingerprint({"a": 1}, []) != before) == (name in CODE_THAT_TRAINS)
-
-
-def test_a_fingerprint_depends_on_numbers_shape_and_type_of_tensors_and_not_on_their_layout(monkeypatch):
-    numbers = torch.arange(24, dtype=torch.float32).view(1, 2, 3, 4)
-    found = fingerprint({}, [numbers])
-    assert fingerprint({}, [numbers.clone(memory_format=torch.channels_last)]) == found
-    others = [numbers + 1e-6, numbers.view(1, 2, 4, 3), numbers.view(torch.int32), numbers.flip(0, 3)]
-    sets = [[], [numbers, numbers], *([other] for other in others)]
-    assert len({found, *(fingerprint({}, tensors) for tensors in sets)}) == 7
-    monkeypatch.setattr("rediffuse.training.checkpoint.BLOCK", 5)
-    assert fingerprint({}, [numbers]) == found
-
-
-def test_a_checkpoint_continued_with_other_threads_says_so_in_one_line(tmp_path, monkeypatch, capsys):
-    for threads in (3, 3, 4):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        with pytest.raises(Killed):
-            run(tmp_path, DyingStep(4))
-    [said] = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line]
-    assert "1 process with 3 threads" in said and "1 process with 4 threads" in said
+    assert (fingerprint({"a": 1}, []) != before) == trains
 
 
 @dataclass(frozen=True)
@@ -499,30 +427,19 @@ def test_a_training_is_known_by_all_that_its_trainer_was_given():
 # kill -9, through the very stages that DVC runs
 
 
-def workspace(folder: Path) -> Path:
-    """A checkout in small: params.yaml and data/pixels with rectangles of three classes."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    short = {"images": 5000, "batch": 16, "lr_warmup": 320, "lr_decay": "cosine", "log_every": 500}
-    short |= {"validate_every": 2000, "checkpoint_every": 160, "ema_half_life": 500}
-    params["vae"] |= {"latent_dim": 3, "channels": [4, 8], "hidden": 16, "kl_warmup": 1000}
-    params["ddpm"] |= {"T": 20, "width": 8, "dropout": 0.1}
-    params["vae"]["training"] |= short
-    params["ddpm"]["training"] |= short | {"images": 2400, "validate_every": 1000}
-    params["sample"]["ddpm"]["steps"] = 5
-    folder.mkdir()
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    random = np.random.RandomState(0)
-    classes = ("wide", "high", "square")
-    splits = {}
-    for name, count in {"train": 3000, "validation": 100, "test": 100}.items():
-        labels = random.randint(3, size=count)
-        images = np.zeros((count, 1, 12, 12), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            height, width = ((3, 8), (8, 3), (5, 5))[label]
-            y, x = random.randint(12 - height), random.randint(12 - width)
-            image[0, y : y + height, x : x + width] = random.randint(100, 256)
-        splits[name] = ImageSet(images, labels.astype(np.int64), classes)
-    save_images(folder / "data/pixels", splits, {"classes": classes, "sha256": "of a test"})
+def workspace(folder: Path, leaves: Mapping[str, Any] | None = None) -> Path:
+    """A checkout in small: params.yaml, with these leaves, and random images of three classes."""
+    short = {"images": 960, "batch": 16, "lr_warmup": 320, "lr_decay": "cosine", "ema_half_life": 500}
+    short |= {"log_every": 200, "validate_every": 400, "checkpoint_every": 160}
+    changes = {f"{of}.training.{name}": value for of in ("vae", "ddpm") for name, value in short.items()}
+    changes |= {"vae.kl_warmup": 400, "ddpm.dropout": 0.1}
+    (folder / ".dvc").mkdir(parents=True)
+    write_params(folder, changes | dict(leaves or {}))
+    random, splits = np.random.RandomState(0), {}
+    for name, n in {"train": 600, "validation": 100, "test": 100}.items():
+        images = random.randint(0, 256, (n, *SHAPE)).astype(np.uint8)
+        splits[name] = ImageSet(images, random.randint(3, size=n).astype(np.int64), CLASSES)
+    save_images(folder / "data/pixels", splits, {"classes": CLASSES})
     return folder
 
 
@@ -534,15 +451,6 @@ def start(stage: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, **pipes)
 
 
-def finish(process: subprocess.Popen[str]) -> int:
-    """Wait for success; how many images had been seen when the progress bar first appeared."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    first = re.search(r"(\d+)/\d+ \[", errors)
-    assert first, errors
-    return int(first[1])
-
-
 def outputs(folder: Path) -> dict[str, str]:
     """Every file that a stage wrote, by its hash."""
     files = [path for top in ("data/models", "metrics") for path in (folder / top).rglob("*.*")]
@@ -550,18 +458,10 @@ def outputs(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["vae", "ddpm"])
-def test_a_stage_killed_with_sigkill_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, model):
-    stage = f"train_{model}"
+def test_a_stage_killed_with_sigkill_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch):
     undisturbed, killed = workspace(tmp_path / "undisturbed"), workspace(tmp_path / "killed")
-    assert finish(start(stage, undisturbed)) == 0
-    expected = outputs(undisturbed)
-    written = {f"data/models/{model}/model.safetensors", f"metrics/{stage}.json"}
-    assert written | {f"metrics/plots/{stage}/training.csv"} <= expected.keys()
-
-    checkpoints = killed / ".dvc/tmp/checkpoints"
-    process = start(stage, killed)
-    while not (found := list(checkpoints.glob("*.pt"))):
+    process = start("train_ddpm", killed)
+    while not (found := list((killed / ".dvc/tmp/checkpoints").glob("*.pt"))):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -570,7 +470,18 @@ def test_a_stage_killed_with_sigkill_ends_with_the_bytes_of_an_undisturbed_one(t
     half = found[0].read_bytes()[:1000]
     found[0].with_suffix(".tmp").write_bytes(half)  # as if it had been killed while writing
 
-    assert finish(start(stage, killed)) > 0  # it went on; it did not begin again
+    process = start("train_ddpm", killed)
+    _, errors = process.communicate(timeout=120)
+    first = re.search(r"(\d+)/960 \[", errors)
+    assert process.returncode == 0 and first, errors
+    assert int(first[1]) > 0  # it went on; it did not begin again
+    monkeypatch.chdir(undisturbed)
+    monkeypatch.setenv("REDIFFUSE_TRACKING", "off")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    train_ddpm.main()
+    expected = outputs(undisturbed)
+    written = {"data/models/ddpm/model.safetensors", "metrics/train_ddpm.json"}
+    assert written | {"metrics/plots/train_ddpm/training.csv"} <= expected.keys()
     assert outputs(killed) == expected
     for folder in (undisturbed, killed):
         assert [path.suffix for path in (folder / ".dvc/tmp/checkpoints").iterdir()] == [".lock"]

@@ -6,14 +6,12 @@ The stages need nothing but the standard library.  Everything else is real: git,
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+import toy_pipeline
+from toy_pipeline import run
 
 from rediffuse.tracking.git import git_bytes
 from rediffuse.tracking.store import connect, experiment_id
@@ -53,46 +51,34 @@ record = {"model": "toy", "instruments": {"cnn": {"scores": {"fd": spread}}}}
 Path("metrics/toy.json").write_text(json.dumps({"n": 3, "cnn": {"fd": value}}))
 """
 PARAMS = "seed: 1\ntrain:\n  scale: 2.0\n  chance: false\n  slow: false\n  broken: false\n"
-PIPELINE: dict[str, Any] = {
-    "stages": {
-        "prepare": {
-            "cmd": "python -m stages.prepare",
-            "deps": ["stages/prepare.py", "data/extra.csv"],
-            "params": ["seed"],
-            "outs": ["data/pixels"],
-        },
-        "train": {
-            "cmd": "python -m stages.train",
-            "deps": ["data/pixels", "stages/train.py", "stages/model.py"],
-            "params": ["train"],
-            "outs": ["data/model.txt"],
-        },
-        "evaluate": {
-            "cmd": "python -m stages.evaluate",
-            "deps": ["data/model.txt", "stages/evaluate.py"],
-            "outs": [{"metrics/evaluation/toy.json": {"cache": False}}],
-            "metrics": [{"metrics/toy.json": {"cache": False}}],
-        },
-    }
-}
+PIPELINE = """
+stages:
+  prepare:
+    cmd: python -m stages.prepare
+    deps: [stages/prepare.py, data/extra.csv]
+    params: [seed]
+    outs: [data/pixels]
+  train:
+    cmd: python -m stages.train
+    deps: [data/pixels, stages/train.py, stages/model.py]
+    params: [train]
+    outs: [data/model.txt]
+  evaluate:
+    cmd: python -m stages.evaluate
+    deps: [data/model.txt, stages/evaluate.py]
+    outs: [{metrics/evaluation/toy.json: {cache: false}}]
+    metrics: [{metrics/toy.json: {cache: false}}]
+"""
 EXPERIMENTS = {"larger": ["-S", "train.scale=3.0"], "chance": ["-S", "train.chance=true"]}
-FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "GIT_DIR")
+FOREIGN = (*toy_pipeline.FOREIGN, "GIT_DIR")
 
 
 def git(root: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main"]
-    command = ["git", *who, *arguments]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    return run(root, "git", *arguments).stdout.strip()
 
 
 def dvc(root: Path, *arguments: str) -> str:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"}
-    command, pipe = [sys.executable, "-m", "dvc", *arguments], subprocess.PIPE
-    both = {"stdout": pipe, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=root, env=environment, text=True, timeout=120, **both)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return run(root, "dvc", *arguments).stdout
 
 
 def make_repository(root: Path) -> None:
@@ -103,12 +89,12 @@ def make_repository(root: Path) -> None:
     for name, text in ({"__init__": "", "model": "SLOPE = 1.0\n"} | stages).items():
         (root / "stages" / f"{name}.py").write_text(text)
     (root / "params.yaml").write_text(PARAMS)
-    (root / "dvc.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
+    (root / "dvc.yaml").write_text(PIPELINE)
     (root / ".gitignore").write_text("/.mlflow/\n/data/raw/\n__pycache__/\n")
     (root / ".dvcignore").write_text("/data/raw\n__pycache__\n")
     (root / "data/raw/numbers.txt").write_text("1 2 3 ")
     (root / "data/extra.csv").write_text("4\n")
-    git(root, "init", "-q")
+    git(root, "init", "-q", "-b", "main")
     git(root, "config", "user.name", "test")
     git(root, "config", "user.email", "test@example.org")
     dvc(root, "init", "-q")
@@ -145,18 +131,11 @@ def experiment_ref(root: Path, name: str) -> str:
 
 
 def add_row(
-    root: Path,
-    name: str,
-    *,
-    experiment: bool = False,
-    files: dict[str, bytes] | None = None,
-    metrics: bool = True,
-    **tags: str,
+    root: Path, name: str, *, experiment: bool = False, files: dict[str, bytes] | None = None, **tags: str
 ) -> str:
     """Add a row for the experiment of this name, or for a plain `dvc repro` of HEAD.  Return its id.
 
-    files: artifacts that differ from the commit's.  metrics: whether it has numbers.  tags: with "__" for the
-    dot; an empty one is left out.
+    files: artifacts that differ from the commit's.  tags: with "__" for the dot; an empty one is left out.
     """
     store, head = client(root), git(root, "rev-parse", "HEAD")
     ref = experiment_ref(root, name) if experiment else "HEAD"
@@ -176,10 +155,9 @@ def add_row(
     artifacts |= {path: show(path) for path in ("metrics/toy.json", "metrics/evaluation/toy.json")}
     for path, content in (artifacts | (files or {})).items():
         store.log_text(row, content.decode(), path)
-    if metrics:
-        numbers = json.loads(artifacts["metrics/toy.json"])
-        store.log_metric(row, "toy/n", numbers["n"])
-        store.log_metric(row, "toy/cnn/fd", numbers["cnn"]["fd"])
+    numbers = json.loads(artifacts["metrics/toy.json"])
+    store.log_metric(row, "toy/n", numbers["n"])
+    store.log_metric(row, "toy/cnn/fd", numbers["cnn"]["fd"])
     return row
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,17 +19,5 @@ def writes_its_name(diary: Path, name: str, mib: int) -> Callable[[], float]:
     return turn
 
 
-def fails() -> Callable[[], float]:
-    def turn() -> float:
-        raise ValueError
-
-    return turn
-
-
 def dies() -> Callable[[], float]:
     os._exit(7)
-
-
-def lacks(package: str) -> Callable[[], float]:
-    importlib.import_module(package)
-    raise AssertionError("the package exists")

@@ -14,13 +14,8 @@ from rediffuse.tracking.store import connect
 PROJECT = Path(__file__).resolve().parents[1]
 # What in the environment steers DVC, MLflow or tracking.
 FOREIGN = (
-    "DVC_ROOT",
-    "DVC_STAGE",
-    "DVC_EXP_NAME",
-    "DVC_EXP_BASELINE_REV",
-    "MLFLOW_TRACKING_URI",
-    "REDIFFUSE_TRACKING",
-    "RANK",
+    *("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"),
+    *("MLFLOW_TRACKING_URI", "REDIFFUSE_TRACKING", "RANK"),
 )
 STAGES = ["prepare", "train_ddpm", "evaluate_ddpm"]
 
@@ -86,22 +81,21 @@ def enter(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """The environment as in an activated .venv, without what could steer DVC, MLflow or git."""
+    foreign = ("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    kept |= {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"PYTHONPATH": str(PROJECT / "src"), "DVC_NO_ANALYTICS": "1", **variables}
+
+
 def run(root: Path, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("DVC_", "MLFLOW_", "REDIFFUSE_", "GIT_"))
-    }
-    environment |= {
-        f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-    }
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
-        "PYTHONPATH": str(PROJECT / "src"),
-    }
-    environment |= {"DVC_NO_ANALYTICS": "1", **variables}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    """Run a command as a user types it in this folder."""
+    how: dict[str, Any] = {"env": environment(**variables), "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=root, timeout=400, **how)
+    said = f"{command} exited with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert not check or done.returncode == 0, said
     return done
 
 
@@ -132,8 +126,6 @@ def rows(root: Path) -> dict[str, Any]:
 
 
 def numbers(row: Any) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in row.data.metrics.items()
-        if not name.startswith(("seconds/", "system/"))
-    }
+    """The row's metrics without those that time and machine decide."""
+    noise = ("seconds/", "system/")
+    return {name: value for name, value in row.data.metrics.items() if not name.startswith(noise)}

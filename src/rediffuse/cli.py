@@ -28,23 +28,12 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rediffuse.__version__, prog_name="rediffuse")
 def main() -> None:
-    """A VAE and a DDPM as a reproducible pipeline.  The pipeline itself is run by DVC: `dvc repro`.
-
-    \b
-    Example:
-      rediffuse compare HEAD workspace
-    """
+    """A VAE and a DDPM as a reproducible pipeline.  The pipeline itself is run by DVC: `dvc repro`."""
 
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="A B [C]...")
-@click.option(
-    "--instrument",
-    "instruments",
-    multiple=True,
-    metavar="ID",
-    help="Only this instrument; may be given again.",
-)
+@click.option("--instrument", "instruments", multiple=True, metavar="ID", help="Only this one, or these.")
 @click.option("--json", "form", flag_value="json", help="Print JSON, for machines.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown, for a report.")
 def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | None) -> None:
@@ -55,17 +44,14 @@ def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | No
     name).  NAME:vae or NAME:ddpm means that model alone; without it, each model that all have is compared.
 
     Rows are comparable if the instrument's SHA-256, the reference images, the settings of the metrics, the
-    rounding and N agree.  Parameters that differ are listed.  Each later row has its difference to A, also in
-    units of spread, the standard deviation between sample sets.
-
-    The exit status is 0 if everything asked for was compared, and 1 if anything was refused or went wrong.
-    What only some rows have is named and left out, without a refusal; --instrument restricts this to some.
+    rounding and N agree.  Each later row has its difference to A, also in units of spread, the standard
+    deviation between sample sets.  What only some rows have is named and left out.  The exit status is 1 if
+    anything was refused or went wrong.
 
     \b
     Examples:
       rediffuse compare HEAD workspace
       rediffuse compare main tidy-ox loopy-bias --markdown
-      rediffuse compare workspace:vae workspace:ddpm
       rediffuse compare HEAD~1:ddpm HEAD:ddpm --instrument fashion-mnist-cnn-v1 --json
     """
     from rediffuse.commands import compare as table
@@ -73,32 +59,25 @@ def compare(names: tuple[str, ...], instruments: tuple[str, ...], form: str | No
 
     groups, notes = by_model([find_source(name) for name in names])
     comparisons = [table.compare(rows, instruments) for rows in groups]
-    refused = [table.to_refusal(each) for each in comparisons if each.refusals]
-    comparable = any(each.table for each in comparisons)
+    refused = any(each.refusals for each in comparisons)
     if form == "json":
         shown = [table.to_json(each) for each in comparisons]
-        content = {"refused": bool(refused), "notes": notes, "comparisons": shown}
+        content = {"refused": refused, "notes": notes, "comparisons": shown}
         click.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
-    elif comparable:
+    else:
         texts = [table.to_text(each, markdown=form == "markdown") for each in comparisons]
         click.echo("\n\n".join([*texts, *notes, table.FOOTNOTES]))
     if refused:
-        verdict = "a part may not be compared"
-        if not comparable:
-            verdict = "these rows may not be compared, so no numbers are shown"
-        raise UserError("\n".join([verdict, *refused]))
+        raise UserError("what is refused above may not be compared")
 
 
 @main.command()
-@click.option(
-    "--all", "every", is_flag=True, help="All experiments, not only those on the commit that is checked out."
-)
+@click.option("--all", "every", is_flag=True, help="All experiments, not only those on this commit.")
 def sync(every: bool) -> None:
     """Complete the rows in MLflow from what DVC knows; doing it again changes nothing.
 
-    It adds what no process could: cached stages, the final dvc.lock, an experiment's commit, results of a
-    killed process, of an experiment that was pulled, and from a time when the server was away.  `make repro`
-    calls it.
+    It adds cached stages, the final dvc.lock, an experiment's commit, and results of a killed process, of an
+    experiment that was pulled, and from a time when the server was away.  `make repro` calls it.
 
     \b
     Examples:
@@ -116,21 +95,13 @@ def sync(every: bool) -> None:
 
 FORMAT = click.Choice(["folder", "onnx", "diffusers"])
 SAMPLER = click.Choice(["ddpm", "ddim", "dpm-solver++", "sde-dpm-solver++", "heun"])
-MODEL = click.option(
-    "--model",
-    default="ddpm",
-    show_default=True,
-    help="ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS.",
-)
+WHERE = "ddpm or vae of the checkout, REVISION:ddpm, a folder, or models:/NAME@ALIAS."
+MODEL = click.option("--model", default="ddpm", show_default=True, help=WHERE)
+OWN_MODEL = click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True)
 SEED = click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same result.")
-LABEL = click.option(
-    "--label",
-    metavar="CLASS",
-    help="Name or index of the class of the images.  [default: no class; a VAE with labels needs one]",
-)
-STEPS = click.option(
-    "--steps", type=int, help="Of DDIM, from images to noise and back; at most T.  [default: 100]"
-)
+CLASS = "Name or index of the class of the images.  [default: no class; a VAE with labels needs one]"
+LABEL = click.option("--label", metavar="CLASS", help=CLASS)
+STEPS = click.option("--steps", type=int, help="Of DDIM, to noise and back; at most T.  [default: 100]")
 
 
 def _number(default: int, help: str) -> Callable[..., Any]:
@@ -222,11 +193,7 @@ def inpaint(output: str, image: str, mask: str, **options: Any) -> None:
 @main.command()
 @click.argument("images", nargs=-1, required=True)
 @SEED
-@click.option(
-    "--evaluations",
-    type=int,
-    help="Of the network per image: times of a DDPM [default: all], samples of a VAE [default: 1].",
-)
+@click.option("--evaluations", type=int, help="Times per image of a DDPM [all], samples of a VAE [1].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @MODEL
 @LABEL
@@ -244,7 +211,7 @@ def nll(images: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("output")
-@click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True, help="Of the checkout.")
+@OWN_MODEL
 @click.option("--format", "form", type=FORMAT, default="folder", show_default=True)
 @click.option("--label", metavar="CLASS", help="Class that --format diffusers draws.  [default: no class]")
 def export(output: str, **options: Any) -> None:
@@ -268,15 +235,10 @@ def export(output: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("name", metavar="ROW_OR_VERSION")
-@click.option("--model", type=click.Choice(KINDS), default="ddpm", show_default=True)
+@OWN_MODEL
 @click.option("--alias", default="champion", show_default=True)
 def promote(name: str, model: str, alias: str) -> None:
-    """Move the alias of a registered model to the version of a row, or to a version by its number.
-
-    \b
-    Example:
-      rediffuse promote tidy-ox
-    """
+    """Move the alias of a registered model to the version of a row, or to a version by its number."""
     from rediffuse.commands.promote import promote as move
 
     click.echo(move(name, model, alias))
@@ -321,10 +283,6 @@ def doctor(ctx: click.Context) -> None:
 
     FAIL: results are wrong or cannot be rebuilt.  warn: may cost a result or its proof.  The exit status is 1
     if there is a FAIL.
-
-    \b
-    Example:
-      rediffuse doctor
     """
     from rediffuse.commands.doctor import doctor as examine
 
@@ -341,10 +299,6 @@ def ui(port: int) -> None:
     """Show the rows in MLflow: print the address of the page that compares them, and serve it.
 
     If MLFLOW_TRACKING_URI names a server (http://...), its address is printed and no server is started.
-
-    \b
-    Example:
-      rediffuse ui --port 5001
     """
     from rediffuse.commands.ui import ui as show
 

@@ -65,15 +65,11 @@ class Data(Group):
     @model_validator(mode="after")
     def _possible(self) -> Data:
         if 0 < self.size < SIDES[0]:
-            raise ValueError(
-                f"size ({self.size}) must be {SIDES[0]} to {SIDES[1]} pixels, or 0: all images have the same"
-                " size"
-            )
+            allowed = f"{SIDES[0]} to {SIDES[1]} pixels, or 0: all images have the same size"
+            raise ValueError(f"size ({self.size}) must be {allowed}")
         if self.validation_share + self.test_share >= 1:
-            raise ValueError(
-                f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must leave"
-                " images for training: together they must be below 1"
-            )
+            shares = f"validation_share ({self.validation_share}) and test_share ({self.test_share})"
+            raise ValueError(f"{shares} must be below 1 together, to leave images for training")
         return self
 
 
@@ -100,13 +96,9 @@ class Training(Group):
 
     @model_validator(mode="after")
     def _possible(self) -> Training:
-        if self.batch > self.images:
-            raise ValueError(
-                f"batch ({self.batch}) must not exceed images ({self.images}): a training takes at least one"
-                " step"
-            )
-        if self.lr_warmup > self.images:
-            raise ValueError(f"lr_warmup ({self.lr_warmup}) must not exceed images ({self.images})")
+        for name, value in (("batch", self.batch), ("lr_warmup", self.lr_warmup)):
+            if value > self.images:
+                raise ValueError(f"{name} ({value}) must not exceed images ({self.images})")
         return self
 
 
@@ -207,26 +199,23 @@ class Params(Group):
                 f"launcher ({self.launcher!r}) must end with -m, because the name of a module follows:"
                 " `python -m`, or `torchrun --nproc-per-node=8 -m` for 8 processes"
             )
-        if self.ddpm.space == "latents":
-            if not self.vae.latent_channels:
+        vae, ddpm, steps = self.vae, self.ddpm, self.sample.ddpm.steps
+        if ddpm.space == "latents":
+            if not vae.latent_channels:
                 raise ValueError("ddpm.space latents needs vae.latent_channels above 0, for example 4, got 0")
-            if self.vae.conditional:
+            if vae.conditional:
                 raise ValueError("ddpm.space latents needs vae.conditional false: set ddpm.conditional")
-            if self.ddpm.flip:
+            if ddpm.flip:
                 raise ValueError("ddpm.space latents needs ddpm.flip false: it cannot mirror latents")
-        steps, guidance_scale = self.sample.ddpm.steps, self.sample.ddpm.guidance_scale
-        if steps > self.ddpm.T:
+        if steps > ddpm.T:
+            raise ValueError(f"sample.ddpm.steps ({steps}) must not exceed ddpm.T ({ddpm.T}): change either")
+        if (scale := self.sample.ddpm.guidance_scale) != 1 and not (ddpm.conditional and ddpm.label_drop > 0):
             raise ValueError(
-                f"sample.ddpm.steps ({steps}) must not exceed ddpm.T ({self.ddpm.T}): lower one or raise the"
-                " other"
+                f"sample.ddpm.guidance_scale ({scale}) other than 1 needs a model trained with and without"
+                " labels: set ddpm.conditional to true and ddpm.label_drop above 0"
             )
-        if guidance_scale != 1 and not (self.ddpm.conditional and self.ddpm.label_drop > 0):
-            raise ValueError(
-                f"sample.ddpm.guidance_scale ({guidance_scale}) other than 1 needs a model trained with and"
-                " without labels: set ddpm.conditional to true and ddpm.label_drop above 0"
-            )
-        lists = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
-        for name, values in lists:
+        named = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
+        for name, values in named:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
         for name, n in self._least_images().items():
@@ -242,12 +231,12 @@ class Params(Group):
         if not self.reference.instruments:
             return {}
         # With fewer images than dimensions the covariance is singular, and the distance mostly its own bias.
-        names = self.reference.instruments
+        names, evaluate = self.reference.instruments, self.evaluate
         return {
-            "evaluate.is_splits": self.evaluate.is_splits,
-            "evaluate.kid_subset_size": self.evaluate.kid_subset_size,
-            "evaluate.neighbours": self.evaluate.neighbours + 1,
-            "evaluate.density_neighbours": self.evaluate.density_neighbours + 1,
+            "evaluate.is_splits": evaluate.is_splits,
+            "evaluate.kid_subset_size": evaluate.kid_subset_size,
+            "evaluate.neighbours": evaluate.neighbours + 1,
+            "evaluate.density_neighbours": evaluate.density_neighbours + 1,
         } | {f"{name} in reference.instruments": 2 * DIMENSIONS[name] for name in names}
 
 

@@ -22,7 +22,6 @@ from rediffuse.tracking.lock import read_lock
 
 RAW = "data/raw"  # git-ignored: the stage prepare keeps published files there
 CHECKOUT = "rediffuse-checkout"  # the name of the checkout's cache as a DVC remote
-PATIENCE = 60.0  # seconds that DVC and the running stage have to end after Ctrl-C
 
 
 @contextmanager
@@ -66,9 +65,8 @@ def differences(root: Path, lock: bytes) -> list[str]:
                 found.append(f"stage {stage.name}: command modified in dvc.yaml")
             for dep in stage.deps:
                 if dep.fs_path not in made:
-                    for (
-                        what
-                    ) in dep.workspace_status().values():  # of params.yaml {parameter: what}, of a file what
+                    # The status of params.yaml is {parameter: what}, that of a file is a text.
+                    for what in dep.workspace_status().values():
                         words = what if isinstance(what, str) else f"{', '.join(what)} modified"
                         found.append(f"stage {stage.name}: {dep.def_path} {words}")
                 elif dep.hash_info != made[dep.fs_path]:
@@ -79,19 +77,15 @@ def differences(root: Path, lock: bytes) -> list[str]:
 def repro(root: Path) -> int:
     """Run all stages in the clone, without tracking and with DVC's output on stderr.  Return the exit status.
 
-    The terminal sends Ctrl-C to DVC and the stage too.  Wait for them, because the clone is removed next.
+    The terminal sends Ctrl-C to DVC and the stage too.  Wait for them: the clone is removed next.
     """
     (root / "dvc.lock").unlink(missing_ok=True)  # afterwards it says what has run here, and nothing else
     command = [sys.executable, "-m", "dvc", "repro", "--force"]
     process = subprocess.Popen(command, cwd=root, env=_environment(), stdin=subprocess.DEVNULL, stdout=2)
     try:
         return process.wait()
-    except BaseException:
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
+    finally:
+        process.wait()
 
 
 def _environment() -> dict[str, str]:
@@ -114,10 +108,8 @@ def _check_out(checkout: Path, commit: str, folder: Path) -> Path:
     git(clone, "checkout", "--quiet", "--detach", commit)
     root = clone / checkout.resolve().relative_to(top.resolve())
     with Config(str(root / ".dvc")).edit("local") as config:
-        config["cache"]["dir"] = str(
-            root / ".dvc" / "cache"
-        )  # the user's configuration may name a shared one
-        config["core"]["site_cache_dir"] = str(root / ".dvc" / "tmp" / "site")
+        config["cache"]["dir"] = str(root / ".dvc/cache")  # the user's configuration may name a shared one
+        config["core"]["site_cache_dir"] = str(root / ".dvc/tmp/site")
     return root
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rediffuse.commands.generate import COLUMNS, checked_target, load, write_images
 from rediffuse.runtime.errors import UserError
+from rediffuse.tracking.identity import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,12 +69,10 @@ def read_images(names: Sequence[str], shape: tuple[int, int, int]) -> NDArray[np
 
     from rediffuse.sources.folder import decode
 
-    found, wrong = [], []
+    found = []
     for name in names:
         try:
             found.append(decode(Path(name), shape))
         except (OSError, ValueError, SyntaxError) as error:
-            wrong.append(f"\n  {name}: {' '.join(str(error).split())}")
-    if wrong:
-        raise UserError(f"these files cannot be read as images:{''.join(wrong)}")
+            raise UserError(f"{name} cannot be read as an image: {one_line(error)}") from None
     return np.stack(found)

@@ -6,8 +6,6 @@ that it can run beside the pipeline.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from rediffuse.tracking import environment
 from rediffuse.tracking.attempts import stage_tag
 from rediffuse.tracking.git import git
-from rediffuse.tracking.identity import PASSWORD, one_line
+from rediffuse.tracking.identity import one_line
 from rediffuse.tracking.store import EXPERIMENT, checkout_root, connect, repository_root, tracking_uri
 
 if TYPE_CHECKING:
@@ -104,35 +102,21 @@ def check_files(root: Path) -> Iterator[Finding]:
 
 
 def check_rows(root: Path) -> Iterator[Finding]:
-    chosen = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    with contextlib.redirect_stderr(io.StringIO()):  # a warning of what is said below
-        uri = tracking_uri(repository_root())
-    if chosen not in ("", uri):
-        what = f"MLFLOW_TRACKING_URI={chosen} is relative, so it is ignored: rows go to {uri}"
-        yield Finding("FAIL", what, "set http://..., postgresql://... or sqlite:////absolute/path")
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and NETWORK.match(kind := file_system(database)):
-        what = f"{database} lies on a network file system ({kind}), where SQLite loses rows"
-        yield Finding("FAIL", what, "set MLFLOW_TRACKING_URI to a server, or to SQLite on a local disk")
-    if uri.startswith("sqlite:") and not database.exists():  # to connect would make it
-        return
-    try:
-        client = connect(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-    except Exception as error:  # of the database or the server
-        what = f"{PASSWORD.sub('//', uri)} does not answer ({type(error).__name__}): no rows are written"
-        yield Finding("FAIL", what, "start the server or set MLFLOW_TRACKING_URI, later `rediffuse sync`")
-        return
-    if experiment:
-        yield from check_machine(root, client, experiment.experiment_id)
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that a path is or will be on."""
     import psutil
 
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next((mounts[place] for place in (path, *path.resolve().parents) if place in mounts), "")
+    uri = tracking_uri(repository_root())
+    if uri.startswith("sqlite:"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+        kind = next((mounts[place] for place in database.resolve().parents if place in mounts), "")
+        if NETWORK.match(kind):
+            what = f"{database} lies on a network file system ({kind}), where SQLite loses rows"
+            yield Finding("FAIL", what, "set MLFLOW_TRACKING_URI to a server, or to SQLite on a local disk")
+        if not database.exists():  # to connect would make it
+            return
+    client = connect(uri)
+    if experiment := client.get_experiment_by_name(EXPERIMENT):
+        yield from check_machine(root, client, experiment.experiment_id)
 
 
 def check_machine(root: Path, client: MlflowClient, experiment: str) -> Iterator[Finding]:

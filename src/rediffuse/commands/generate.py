@@ -94,9 +94,9 @@ def _from_revision(name: str, folder: Path) -> Path:
         if settings.get("prior") == "mixture":
             files.get(f"{SAMPLES}/vae/{PRIOR}", str(folder / PRIOR))
     except Exception as error:  # DVC raises many kinds of its caches and remotes
+        remedy = "fetch it with `dvc pull`, or make it again with `dvc repro` in that revision"
         raise UserError(
-            f"--model {name} is not in DVC's cache or remote ({one_line(error)}): fetch it with `dvc pull`,"
-            " or make it again with `dvc repro` in that revision"
+            f"--model {name} is not in DVC's cache or remote ({one_line(error)}): {remedy}"
         ) from None
     (folder / SAMPLING).write_bytes(pack_settings(read_config(folder)["kind"], settings, ()))
     return folder
@@ -119,37 +119,30 @@ def _from_mlflow(address: str, folder: Path) -> Path:
             source = client.get_model_version_download_uri(*found)
         return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=uri))
     except Exception as error:  # MLflow raises many kinds of its database, server and file system
+        remedy = "`make ui` shows the registered models; `rediffuse promote` gives one an alias"
         raise UserError(
-            f"--model {address} cannot be fetched from MLflow ({one_line(error)}): `make ui` shows the"
-            " registered models; `rediffuse promote` gives one an alias"
+            f"--model {address} cannot be fetched from MLflow ({one_line(error)}): {remedy}"
         ) from None
 
 
 def _model_folder(path: Path) -> Path:
     if not path.is_dir():
+        known = "vae or ddpm (of the checkout), HEAD:ddpm or EXPERIMENT:ddpm, a folder with a model, or"
         raise UserError(
-            f"--model {path} is no folder: give vae or ddpm (of the checkout), HEAD:ddpm or EXPERIMENT:ddpm,"
-            " a folder with model.safetensors and config.json, or models:/rediffuse-ddpm@champion (of MLflow)"
+            f"--model {path} is no folder: give {known} models:/rediffuse-ddpm@champion (of MLflow)"
         )
     return path / "artifacts" if (path / "MLmodel").is_file() else path
 
 
 def checked_target(output: str) -> Path:
-    """Return where to write images.  Raises UserError for an unknown ending or a folder with files."""
+    """Return where to write images; a .png or .npz is replaced.  Raises UserError for what does not fit."""
     target = Path(output)
-    if target.suffix.lower() in (".png", ".npz"):
-        if target.is_dir():
-            raise UserError(f"OUTPUT {output} is a folder: give a file, or a folder without this ending")
-    elif target.is_dir():
-        if any(target.iterdir()):
-            raise UserError(f"OUTPUT {output} is a folder that holds something: give a new or empty one")
-    elif target.exists():
-        raise UserError(f"OUTPUT {output} is a file: for a folder of PNGs give another name")
-    elif target.suffix and not output.endswith("/"):
-        raise UserError(
-            "OUTPUT must end in .png (one grid) or .npz (arrays), or be a folder (end it in / if its name has"
-            f" a dot), got {output}"
-        )
+    file, folder = target.suffix.lower() in (".png", ".npz"), target.is_dir()
+    if target.exists() and (file == folder or (folder and any(target.iterdir()))):
+        raise UserError(f"OUTPUT {output} exists: give another name")
+    if target.suffix and not (file or folder or output.endswith("/")):
+        endings = ".png (one grid) or .npz (arrays), or be a folder (end it in / if its name has a dot)"
+        raise UserError(f"OUTPUT must end in {endings}, got {output}")
     return target
 
 

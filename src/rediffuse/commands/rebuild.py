@@ -13,7 +13,7 @@ import click
 
 from rediffuse.commands.clone import cloned, differences, repro
 from rediffuse.commands.revision import find_commit
-from rediffuse.commands.rows import NotInStoreError, download, find_row, read_artifact
+from rediffuse.commands.rows import download, find_row, read_artifact
 from rediffuse.commands.verdict import compare_metrics, compare_outputs, judge, table
 from rediffuse.runtime.errors import UserError
 from rediffuse.tracking.attempts import stage_tag
@@ -80,7 +80,7 @@ def _records(client: MlflowClient, row: MlflowRun) -> dict[str, Any]:
         try:
             files = download(client, row, "metrics/evaluation", Path(folder)).glob("*.json")
             return {file.stem: json.loads(file.read_bytes()) for file in files}
-        except (NotInStoreError, ValueError) as error:
+        except (UserError, ValueError) as error:
             click.echo(f"note: the recorded spread is not known ({error})")
             return {}
 

@@ -11,29 +11,22 @@ The first of these places that knows the name counts:
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rediffuse.commands.compare import Row
-from rediffuse.commands.rows import NotInStoreError, artifacts, download, look_up
+from rediffuse.commands.rows import find_artifact, find_row
 from rediffuse.params import flatten
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.kinds import KINDS
-from rediffuse.tracking.git import GitError, commit_of, experiment_ref, experiments, file_at, git
+from rediffuse.tracking.git import commit_of, experiments, file_at
 from rediffuse.tracking.store import checkout_root
 
 RECORDS: dict[str, str] = {model: f"metrics/evaluation/{model}.json" for model in KINDS}
 PATHS = [*RECORDS.values(), "params.yaml"]
-Found = tuple[str, dict[str, bytes], Mapping[str, Any]]  # origin, content of PATHS, parameters
-
-
-class _UnknownNameError(Exception):
-    """The place does not know the name; the text says what was tried."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Source:
         """Return the evaluation of the model.  Raises UserError if its record is missing or damaged."""
         where, remedy = f"{self.name} ({self.origin})", f"make it there with `dvc repro evaluate_{model}`"
         if model not in self.records:
-            raise UserError(f"{where} has no record of {model}, only of {', '.join(self.records)}: {remedy}")
+            raise UserError(f"{where} has no {RECORDS[model]}: {remedy}")
         try:
             record = json.loads(self.records[model], parse_constant=lambda _: None)  # NaN is a missing number
             if not isinstance(record, dict):
@@ -66,33 +59,32 @@ def find_source(text: str) -> Source:
     Raises UserError for a name that is unknown or ambiguous, for missing records, and outside a checkout.
     """
     name, model = split_name(text)
-    tried = []
-    for find in (_in_workspace, _in_git, _in_mlflow):
-        try:
-            origin, files, params = find(name)
-        except _UnknownNameError as unknown:
-            tried.append(str(unknown))
-            continue
-        records = {model: files[path] for model, path in RECORDS.items() if path in files}
-        if not records:
-            remedy = "run the pipeline there up to stage evaluate with `dvc repro`"
-            raise UserError(f"{text} ({origin}) has no {' or '.join(RECORDS.values())}: {remedy}")
-        flat = {key: _number(value) for key, value in flatten(params).items()}
-        return Source(text, model, origin, records, flat or None)
-    hint = f"; after a colon only {' or '.join(KINDS)} is a model" if ":" in name else ""
-    reasons, remedy = "\n  ".join(tried), f"look it up with `dvc exp show` or `make ui`{hint}"
-    raise UserError(f"nothing is called {name!r}; it was looked for in this order:\n  {reasons}\n{remedy}")
+    root, files = checkout_root(), dict[str, bytes | None]()
+    if name == "workspace":
+        origin = "files of the checkout"
+        files = {path: (root / path).read_bytes() for path in PATHS if (root / path).is_file()}
+        params = _parameters(files.get("params.yaml"))
+    elif found := _find_commit(name):
+        origin, commit = found
+        files = {path: file_at(root, commit, path) for path in PATHS}
+        params = _parameters(files["params.yaml"])
+    else:
+        client, row = find_row(name, "revision, experiment or row")
+        origin = f"MLflow run {row.info.run_id}"
+        files = {path: find_artifact(client, row, path) for path in RECORDS.values()}
+        params = row.data.params
+    records = {model: content for model, path in RECORDS.items() if (content := files.get(path)) is not None}
+    if not records:
+        missing = " or ".join(RECORDS.values())
+        raise UserError(f"{name} ({origin}) has no {missing}: make one with `dvc repro`")
+    flat = {key: _number(value) for key, value in flatten(params).items()}
+    return Source(text, model, origin, records, flat or None)
 
 
 def split_name(text: str) -> tuple[str, str | None]:
     """Return ("HEAD", "ddpm") for "HEAD:ddpm"; a suffix that is no model belongs to the name."""
     name, colon, model = text.rpartition(":")
-    if not colon or model not in KINDS:
-        name, model = text, ""
-    if not name or name.startswith("-"):
-        example = "give one, as in HEAD, HEAD:ddpm or workspace:vae"
-        raise UserError(f"{text!r} names no revision, experiment or run; {example}")
-    return name, model or None
+    return (name, model) if colon and model in KINDS else (text, None)
 
 
 def by_model(sources: Sequence[Source]) -> tuple[list[list[Row]], list[str]]:
@@ -109,81 +101,44 @@ def by_model(sources: Sequence[Source]) -> tuple[list[list[Row]], list[str]]:
     if named:
         return [[source.row(source.model or named[0]) for source in sources]], []
     lacking = {model: [each.name for each in sources if model not in each.records] for model in KINDS}
-    if all(lacking.values()):
-        have = "; ".join(f"{each.name} ({each.origin}): {', '.join(each.records)}" for each in sources)
-        remedy = "run `dvc repro` where one is missing, or name models, as in HEAD:vae HEAD:ddpm"
-        raise UserError(f"no model is in all of them ({have}): {remedy}")
-    shared = [model for model in KINDS if not lacking[model]]
-    partly = [model for model in KINDS if 0 < len(lacking[model]) < len(sources)]
-    notes = [f"{model} is left out: no record of it in {', '.join(lacking[model])}" for model in partly]
-    return [[source.row(model) for source in sources] for model in shared], notes
+    left_out = {model: ", ".join(names) for model, names in lacking.items() if names}
+    notes = [f"{model} is left out: no record of it in {names}" for model, names in left_out.items()]
+    if len(notes) == len(KINDS):
+        raise UserError(f"no model is in all of them: {'; '.join(notes)}: run `dvc repro` there")
+    return [[source.row(model) for source in sources] for model in KINDS if not lacking[model]], notes
 
 
 def commit_called(name: str) -> str:
     """Return the commit of a revision or an experiment.  Raises UserError if neither has this name."""
-    try:
-        return _commit(name)[1]
-    except _UnknownNameError as unknown:
-        remedy = "look it up with `git log` or `dvc exp show`"
-        raise UserError(f"no revision and no experiment is called {name!r}: {remedy}\n  {unknown}") from None
+    if found := _find_commit(name):
+        return found[1]
+    remedy = "look it up with `git log` or `dvc exp show`"
+    raise UserError(f"no revision and no experiment is called {name!r}: {remedy}")
 
 
-# The places
-
-
-def _in_workspace(name: str) -> Found:
-    root = checkout_root()
-    if name != "workspace":
-        raise _UnknownNameError("workspace: the checkout is meant by the word `workspace`")
-    files = {path: (root / path).read_bytes() for path in PATHS if (root / path).is_file()}
-    return "files of the checkout", files, _parameters(files)
-
-
-def _in_git(name: str) -> Found:
-    origin, commit = _commit(name)
-    contents = {path: file_at(checkout_root(), commit, path) for path in PATHS}
-    files = {path: content for path, content in contents.items() if content is not None}
-    return origin, files, _parameters(files)
-
-
-def _in_mlflow(name: str) -> Found:
-    try:
-        client, row = look_up(name)
-        paths = set(artifacts(client, row, "metrics/evaluation")) & set(PATHS)
-        with tempfile.TemporaryDirectory() as folder:
-            files = {path: download(client, row, path, Path(folder)).read_bytes() for path in paths}
-    except NotInStoreError as unknown:
-        raise _UnknownNameError(f"MLflow: {unknown}") from None
-    return f"MLflow run {row.info.run_id}", files, row.data.params
-
-
-def _commit(name: str) -> tuple[str, str]:
-    """Return what the name of a revision or an experiment means, and its commit.
+def _find_commit(name: str) -> tuple[str, str] | None:
+    """Return what the name of a revision or an experiment means, and its commit; None if it is unknown.
 
     As in DVC, an experiment on the commit that is checked out comes before one of the same name on another.
     """
     root = checkout_root()
-    try:
-        commit = git(root, "rev-parse", "--verify", f"{name}^{{commit}}")
+    if commit := commit_of(root, name):
         return f"git revision {commit[:7]}", commit
-    except GitError as error:
-        unknown = f"git: no revision of this name ({error})"
     found = {baseline: commit for (baseline, known), commit in experiments(root).items() if known == name}
     if not found:
-        raise _UnknownNameError(f"{unknown}\n  DVC: no experiment of this name")
-    head = commit_of(root, "HEAD") or ""  # there is none before the first commit
+        return None
+    head = commit_of(root, "HEAD")
     if len(found) > 1 and head not in found:
-        refs = [f"{experiment_ref(base, name)}, which is {commit[:7]}" for base, commit in found.items()]
-        listed = "\n  ".join(["give the commit of one:", *refs])
-        raise UserError(f"several experiments are called {name!r}; {listed}")
+        commits = ", ".join(f"{commit[:7]} on {baseline[:7]}" for baseline, commit in found.items())
+        raise UserError(f"several experiments are called {name!r}; give the commit of one: {commits}")
     baseline = head if head in found else next(iter(found))
     return f"experiment {found[baseline][:7]} on {baseline[:7]}", found[baseline]
 
 
-def _parameters(files: Mapping[str, bytes]) -> dict[str, Any]:
+def _parameters(content: bytes | None) -> dict[str, Any]:
     """Return the params.yaml, of any version of the schema; nothing if it is missing or damaged."""
     try:
-        params = yaml.safe_load(files.get("params.yaml", b""))
+        params = yaml.safe_load(content or b"")
     except yaml.YAMLError:
         return {}
     return params if isinstance(params, dict) else {}

@@ -19,59 +19,50 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 
-class NotInStoreError(Exception):
-    """There is no store, no row of this name in it, or it cannot be read; the text says which."""
-
-
-def find_row(name: str) -> tuple[MlflowClient, MlflowRun]:
+def find_row(name: str, what: str = "row") -> tuple[MlflowClient, MlflowRun]:
     """Return the row of this id or name; of several attempts, the one that is not superseded.
 
-    Raises UserError for an unknown or ambiguous name, a store that cannot be read, and outside a checkout.
+    what: is sought, for the error.  Raises UserError for an unknown or ambiguous name, a store that cannot be
+    read, and outside a checkout.
     """
-    try:
-        return look_up(name)
-    except NotInStoreError as unknown:
-        raise UserError(
-            f"no row is called {name!r}: {unknown}; look up its id or name with `make ui`"
-        ) from None
-
-
-def look_up(name: str) -> tuple[MlflowClient, MlflowRun]:
-    """Do as `find_row`, but raise NotInStoreError if the name is unknown or the store cannot be read."""
     uri = tracking_uri(repository_root())
     shown = PASSWORD.sub("//", uri)
+    unknown = f"no {what} is called {name!r}; look it up with `dvc exp show` or `make ui`"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise NotInStoreError(f"there is no store yet ({shown})")  # to open it would make it
+        raise UserError(f"{unknown} (there is no store yet: {shown})")  # to open it would make it
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with _reading(shown):
+    with _reading(f"{unknown}: {shown}"):
         client = connect(uri)
-        return client, _row(client, name, shown)
+        rows = _rows(client, name)
+    if not rows:
+        raise UserError(f"{unknown} ({shown} has no such row)")
+    if len(rows) > 1:
+        started = [datetime.fromtimestamp(row.info.start_time / 1000, UTC) for row in rows]
+        listed = [
+            f"\n  {row.info.run_id}, {at:%Y-%m-%d %H:%M} UTC" for row, at in zip(rows, started, strict=True)
+        ]
+        raise UserError(f"several rows are called {name!r}; give the id of one of them:{''.join(listed)}")
+    return client, rows[0]
 
 
 def download(client: MlflowClient, row: MlflowRun, path: str, folder: Path) -> Path:
     """Copy an artifact, a file or a folder, below `folder`.  Return its path there.
 
-    Raises NotInStoreError if it cannot be read.
+    Raises UserError if it cannot be read.
     """
     with _reading(f"artifact {path} of row {row.info.run_name}"):
         return Path(client.download_artifacts(row.info.run_id, path, str(folder)))
 
 
-def artifacts(client: MlflowClient, row: MlflowRun, folder: str) -> list[str]:
-    """Return the paths of the artifacts in a folder of the row.  Raises NotInStoreError if that fails."""
-    with _reading(f"the artifacts of row {row.info.run_name}"):
-        return [artifact.path for artifact in client.list_artifacts(row.info.run_id, folder)]
+def find_artifact(client: MlflowClient, row: MlflowRun, path: str) -> bytes | None:
+    """Return the content of an artifact, None if the row lacks it.  Raises UserError if it cannot be read."""
+    with _reading(f"artifact {path} of row {row.info.run_name}"):
+        return writer.read_artifact(client, row.info.run_id, path)
 
 
 def read_artifact(client: MlflowClient, row: MlflowRun, path: str) -> bytes:
     """Return the content of an artifact.  Raises UserError if the row lacks it or it cannot be read."""
-    try:
-        with _reading(f"artifact {path} of row {row.info.run_name}"):
-            content = writer.read_artifact(client, row.info.run_id, path)
-    except NotInStoreError as error:
-        remedy = "mend the store, or set MLFLOW_TRACKING_URI to the one that has the row"
-        raise UserError(f"{error}; {remedy}") from None
-    if content is None:
+    if (content := find_artifact(client, row, path)) is None:
         lacks = f"row {row.info.run_name} has no artifact {path}"
         raise UserError(f"{lacks}: complete it with `rediffuse sync`")
     return content
@@ -79,29 +70,21 @@ def read_artifact(client: MlflowClient, row: MlflowRun, path: str) -> bytes:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turn the errors of MLflow, which are those of its database, server or disk, into NotInStoreError."""
+    """Turn the errors of MLflow, which are those of its database, server or disk, into UserError."""
     try:
         yield
-    except (UserError, NotInStoreError):
+    except UserError:
         raise
     except Exception as error:
-        raise NotInStoreError(f"{what} cannot be read ({one_line(error)})") from None
+        remedy = "mend the store, or set MLFLOW_TRACKING_URI to the one that has the row"
+        raise UserError(f"{what} cannot be read ({one_line(error)}): {remedy}") from None
 
 
-def _row(client: MlflowClient, name: str, shown: str) -> MlflowRun:
-    """Return the row of this id or name in the project's experiment."""
+def _rows(client: MlflowClient, name: str) -> list[MlflowRun]:
+    """Return the rows of this id or name in the project's experiment, without those that are superseded."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     quote = '"' if "'" in name else "'"  # MLflow's filters have no escape
     found: list[MlflowRun] = []
     for key in ("run_id", "run_name") if experiment and quote not in name else ():
         found += client.search_runs([experiment.experiment_id], f"attributes.{key} = {quote}{name}{quote}")
-    if not found:
-        raise NotInStoreError(f"no run of this id or name ({shown})")
-    rows = [row for row in found if row.data.tags.get("rediffuse.superseded") != "true"] or found
-    if len(rows) > 1:
-        lines = [f"several MLflow runs are called {name!r}; give the id of one of them:"]
-        for row in rows:
-            started = datetime.fromtimestamp(row.info.start_time / 1000, UTC)
-            lines.append(f"{row.info.run_id}, {row.info.status}, {started:%Y-%m-%d %H:%M} UTC")
-        raise UserError("\n  ".join(lines))
-    return rows[0]
+    return [row for row in found if row.data.tags.get("rediffuse.superseded") != "true"] or found

@@ -99,9 +99,7 @@ def _limits(kind: str, manifest: Mapping[str, Any] | None) -> str:
     if kind == "vae":
         lines.append("- Its images are blurred: each is the mean of all images that fit its latents.")
     if manifest is None or not manifest.get("licence"):
-        lines.append(
-            "- The licence of the training images is not known.  It may restrict the use of the model."
-        )
+        lines += ["- The licence of the training images is not known.  It may restrict the use of the model."]
     lines.append("- A score measures what its instrument sees.  A person may judge otherwise.")
     return "\n".join(lines)
 
@@ -123,9 +121,8 @@ def _rebuilding(origin: Mapping[str, str], parameters: Mapping[str, Any] | None)
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    return "\n".join(
-        ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in values.items())]
-    )
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _cell(value: Any) -> str:

@@ -87,13 +87,12 @@ class DDPMCoder:
         """Return the variational bound, bits per dimension, at `evaluations` times (None: all)."""
         T = self.schedule.T
         if evaluations is not None and not 1 <= evaluations < T:
-            raise UserError(
-                f"evaluations must be between 1 and T - 1 ({T - 1}) for this model, got {evaluations}"
-            )
+            allowed = f"between 1 and T - 1 ({T - 1}) for this model"
+            raise UserError(f"evaluations must be {allowed}, got {evaluations}")
         times = None if evaluations is None else stratified_times(T, evaluations, generator)
         x_0 = self.space.encode(images.to(device()))
         with autocast(device(), self.precision):
-            return variational_bound(self.denoise, self.schedule, x_0, labels, generator, times=times).total
+            return variational_bound(self.denoise, self.schedule, x_0, labels, generator, times=times)
 
     def inpaint(
         self, image: Tensor, known: Tensor, labels: Tensor | None, generator: torch.Generator, rounds: int

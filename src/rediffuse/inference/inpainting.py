@@ -30,8 +30,6 @@ def repaint(
     x_s is noised to t again, so that the drawn part comes to fit the known one (algorithm 1, with jumps of
     one step).  The last step, to 0, is taken once.  D is evaluated rounds * (len(times) - 2) + 1 times.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
     x_t = x_T
     for t, s in pairwise(times):
         for rounds_left in range(rounds - 1, -1, -1):

@@ -59,9 +59,8 @@ class ImageModel:
         """Return the images after coding and decoding: by the VAE, or by inverting DDIM."""
         coder, labels = self.coder(steps), self._labels_of_images(label)
         with torch.inference_mode():
-            return in_shards(
-                self._checked(images), lambda part: coder.decode(coder.encode(part, labels), labels)
-            ).numpy()
+            back = in_shards(self._checked(images), lambda x: coder.decode(coder.encode(x, labels), labels))
+        return back.numpy()
 
     def interpolate(
         self, a: Images | int, b: Images | int, n: int = 10, *, label: Label = None, steps: int | None = None
@@ -157,10 +156,8 @@ class ImageModel:
 
     def _checked(self, images: Images) -> Tensor:
         if images.dtype != np.uint8 or images.shape[1:] != self.shape or not len(images):
-            raise UserError(
-                f"images must be uint8 (n, {', '.join(map(str, self.shape))}) for this model,"
-                f" got {images.dtype} {images.shape}"
-            )
+            wanted = f"uint8 (n, {', '.join(map(str, self.shape))}) for this model"
+            raise UserError(f"images must be {wanted}, got {images.dtype} {images.shape}")
         return torch.from_numpy(np.ascontiguousarray(images))
 
     def _labels(self, label: Label) -> Tensor | None:
@@ -170,10 +167,8 @@ class ImageModel:
     def _labels_of_images(self, label: Label) -> Tensor | None:
         """Return `_labels`, which a conditional VAE needs: it has not learnt "no label", as a DDPM has."""
         if label is None and self.kind == "vae" and self.class_names:
-            raise UserError(
-                "label is missing: this vae codes images of a class; give their label, by index or name:"
-                f" {known_classes(self.class_names)}"
-            )
+            missing = "label is missing: this vae codes images of a class; give their label, by index or name"
+            raise UserError(f"{missing}: {known_classes(self.class_names)}")
         return self._labels(label)
 
 
@@ -209,9 +204,8 @@ def _load_ddpm(folder: Path, settings: SampleDDPM, precision: Precision) -> Imag
     T, space = denoiser.schedule.T, load_space(folder, denoiser.shape, device())
     _check_steps(settings.steps, T)
     if settings.guidance_scale != 1 and not denoiser.classes:
-        raise UserError(
-            f"guidance_scale must be 1 for a model trained without labels, got {settings.guidance_scale:g}"
-        )
+        scale = f"{settings.guidance_scale:g}"
+        raise UserError(f"guidance_scale must be 1 for a model trained without labels, got {scale}")
 
     def coder(steps: int | None) -> Coder:
         steps = min(CODING_STEPS, T) if steps is None else steps
@@ -237,9 +231,8 @@ def _draw(n: int, draw_shard: DrawShard, seed: int, title: str) -> Images:
 
 def _check_steps(steps: int, T: int) -> None:
     if not 1 <= steps <= T:
-        raise UserError(
-            f"steps must be at least 1 and at most T, the {T} steps this model was trained on, got {steps}"
-        )
+        allowed = f"at least 1 and at most T, the {T} steps this model was trained on"
+        raise UserError(f"steps must be {allowed}, got {steps}")
 
 
 def _checked_seed(seed: int) -> int:

@@ -40,20 +40,17 @@ def packed_settings(folder: Path) -> dict[str, Any]:
 def label_of(text: str, kind: Kind, class_names: Sequence[str]) -> int:
     """Return the label of a class, by its name, in any case, or its index.  Raises UserError if unknown."""
     if not class_names:
-        raise UserError(
-            f"this {kind} was trained without labels, so it draws no class {text!r}: leave the label out"
-        )
+        why = f"this {kind} was trained without labels"
+        raise UserError(f"{why}, so it draws no class {text!r}: leave the label out")
     wanted, names = text.strip(), [name.strip() for name in class_names]
-    if wanted in names:  # exact case first: there may be a cat and a Cat
-        return names.index(wanted)
-    folded = [name.casefold() for name in names]
-    if wanted.casefold() in folded:
-        return folded.index(wanted.casefold())
+    for case in (str, str.casefold):  # exact case first: there may be a cat and a Cat
+        known = [case(name) for name in names]
+        if case(wanted) in known:
+            return known.index(case(wanted))
     if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
-    raise UserError(
-        f"label {text!r} is no class of this model; known are, by index or name: {known_classes(names)}"
-    )
+    choice = f"known are, by index or name: {known_classes(names)}"
+    raise UserError(f"label {text!r} is no class of this model; {choice}")
 
 
 def known_classes(names: Sequence[str]) -> str:

@@ -23,9 +23,8 @@ def diffusers_files(folder: Path, config: dict[str, Any], label: int | None) -> 
     """
     if config["kind"] == "vae" or has_latents(folder):
         found = "--model is vae" if config["kind"] == "vae" else "this one works in latents (ddpm.space)"
-        raise UserError(
-            f"--format diffusers takes a DDPM of pixels, but {found}: take --format folder or onnx"
-        )
+        remedy = "take --format folder or onnx"
+        raise UserError(f"--format diffusers takes a DDPM of pixels, but {found}: {remedy}")
     parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": [MODULE, CLASS]}
     return {
         "model_index.json": _json({"_class_name": "DDPMPipeline"} | parts),

@@ -31,9 +31,8 @@ def write_onnx(folder: Path, config: dict[str, Any], target: Path) -> str:
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError(
-            "--format onnx needs the packages onnx and onnxscript: pip install 'rediffuse[onnx]'"
-        ) from None
+        missing = "--format onnx needs the packages onnx and onnxscript"
+        raise UserError(f"{missing}: pip install 'rediffuse[onnx]'") from None
     usage, more = _write_vae(folder, target) if config["kind"] == "vae" else _write_ddpm(folder, target)
     (target / "config.json").write_text(json.dumps(config | more, indent=2, allow_nan=False) + "\n")
     return usage

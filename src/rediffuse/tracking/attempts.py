@@ -64,9 +64,7 @@ def find(client: MlflowClient, experiment: str, key: str) -> list[Row]:
 
 
 def latest(rows: Sequence[Row], place: str) -> Row | None:
-    """Return the attempt that counts: of those that are not superseded the one of this checkout, else the
-    last.
-    """
+    """Return the attempt that counts: of those not superseded the last of this checkout, else the last."""
     live = [row for row in rows if row.data.tags.get("rediffuse.superseded") != "true"]
     ours = [row for row in live if row.data.tags.get("rediffuse.place") == place]
     return (ours or live or [None])[-1]
@@ -87,10 +85,7 @@ def create(
     replaces: Sequence[Row] = (),
     at: int | None = None,
 ) -> Row:
-    """Make a row; the rows that it replaces are marked and folded below it.
-
-    at: its begin, in milliseconds since the epoch.
-    """
+    """Make a row that begins `at` (milliseconds).  Those that it replaces are marked and folded below it."""
     attempts = [int(row.data.tags.get("rediffuse.attempt", 1)) for row in replaces]
     attempt = max(attempts, default=0) + 1
     tags = identity.tags | {
@@ -116,6 +111,5 @@ def _description(run_id: str, identity: Identity, attempt: int) -> str:
         origin = f"`dvc repro` on commit `{tags.get('mlflow.source.git.commit', 'none')[:12]}`"
     changed = ", with changed code (`recipe/code.diff`)" if identity.code_diff else ""
     again = f", attempt {attempt}" if attempt > 1 else ""
-    return (
-        f"{origin}{changed}{again}.\n\nRebuild it and compare every hash:\n\n    rediffuse rebuild {run_id}\n"
-    )
+    remedy = f"Rebuild it and compare every hash:\n\n    rediffuse rebuild {run_id}\n"
+    return f"{origin}{changed}{again}.\n\n{remedy}"

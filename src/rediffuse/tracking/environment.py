@@ -20,44 +20,33 @@ from typing import Any
 
 # They compute numbers, or write files that DVC hashes.
 PACKAGES = (
-    "matplotlib",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "scikit-learn",
-    "scipy",
-    "torch-fidelity",
-    "torchvision",
+    *("matplotlib", "numpy", "pillow", "safetensors"),
+    *("scikit-learn", "scipy", "torch-fidelity", "torchvision"),
 )
 # Variables that choose other kernels.  Numbers of threads are in `threads`.
 VARIABLES = (
     *("CUBLASLT_WORKSPACE_SIZE", "CUDA_LAUNCH_BLOCKING", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA"),
     *("MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES"),
-    *(
-        "NVIDIA_TF32_OVERRIDE",
-        "OMP_DYNAMIC",
-        "ONEDNN_DEFAULT_FPMATH_MODE",
-        "ONEDNN_MAX_CPU_ISA",
-        "PYTORCH_JIT",
-    ),
-    *("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_CUDNN_V8_API_DISABLED"),
+    *("NVIDIA_TF32_OVERRIDE", "OMP_DYNAMIC", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA"),
+    *("PYTORCH_JIT", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_CUDNN_V8_API_DISABLED"),
 )
 CUBLAS_WORKSPACE = ":4096:8"  # what make_deterministic() sets where nothing is set
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the environment of this process as JSON values with sorted keys: {"decides": {...}, "informs":
-    {...}}.
+    """Return {"decides": {...}, "informs": {...}} of this process, JSON values with sorted keys.
 
     Imports torch, which takes seconds outside the stages.
     """
     import torch
 
+    from rediffuse.runtime.device import computes_bfloat16
+
     cpu, cuda = _processor(), describe_cuda(torch) if torch.cuda.is_available() else None
     major, minor, _ = platform.python_version_tuple()
     decides = {
         "cpu": {
-            "bfloat16": _computes_bfloat16(torch.device("cpu")),
+            "bfloat16": computes_bfloat16(torch.device("cpu")),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "features": _features(torch.cpu),
             "vendor": cpu["vendor"],
@@ -83,10 +72,8 @@ def describe_environment() -> dict[str, Any]:
         "gpus": torch.cuda.device_count() if cuda else 0,
         "python": platform.python_version(),
     }
-    described: dict[str, Any] = json.loads(
-        json.dumps({"decides": decides, "informs": informs}, sort_keys=True)
-    )
-    return described
+    environment = {"decides": decides, "informs": informs}
+    return dict(json.loads(json.dumps(environment, sort_keys=True)))
 
 
 def environment_digest(environment: dict[str, Any]) -> str:
@@ -105,24 +92,24 @@ def differences(recorded: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
     A missing group is one text: "cuda none, here device NVIDIA H100, version 13.0".
     """
-    found = list[str]()
-    for group in sorted({*recorded, *here}):
-        found += _differences(group, recorded.get(group), here.get(group))
     return [
-        text.removeprefix("decides.").removeprefix("packages.").removeprefix("informs.") for text in found
+        text
+        for group in sorted({*recorded, *here})
+        for text in _differences("", recorded.get(group, {}), here.get(group, {}))
     ]
 
 
 def _differences(name: str, recorded: Any, here: Any) -> list[str]:
     if recorded == here:
         return []
-    if isinstance(recorded, dict) and isinstance(here, dict):
-        return [
-            text
-            for key in sorted({*recorded, *here})
-            for text in _differences(f"{name}.{key}", recorded.get(key), here.get(key))
-        ]
-    return [f"{name} {_words(recorded)}, here {_words(here)}"]
+    if not (isinstance(recorded, dict) and isinstance(here, dict)):
+        return [f"{name} {_words(recorded)}, here {_words(here)}"]
+    before = "" if name in ("", "packages") else f"{name}."
+    return [
+        text
+        for key in sorted({*recorded, *here})
+        for text in _differences(before + key, recorded.get(key), here.get(key))
+    ]
 
 
 def _words(value: Any) -> str:
@@ -136,13 +123,12 @@ def _words(value: Any) -> str:
 
 
 def describe_cuda(torch: Any) -> dict[str, Any]:
-    """Return what of the first GPU and its libraries chooses the kernels.
+    """Return what of the first GPU and its libraries chooses the kernels.  torch: the module."""
+    from rediffuse.runtime.device import computes_bfloat16
 
-    A test can hand in another module.
-    """
     device = torch.cuda.get_device_properties(0)
     return {
-        "bfloat16": _computes_bfloat16(torch.device("cuda")),
+        "bfloat16": computes_bfloat16(torch.device("cuda")),
         "capability": f"{device.major}.{device.minor}",
         "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE),
         "cudnn": torch.backends.cudnn.version(),
@@ -154,12 +140,6 @@ def describe_cuda(torch: Any) -> dict[str, Any]:
     }
 
 
-def _computes_bfloat16(on: Any) -> bool:
-    from rediffuse.runtime.device import computes_bfloat16
-
-    return computes_bfloat16(on)
-
-
 def _features(cpu: Any) -> list[str]:
     """Return the instruction sets by which oneDNN and MKL choose kernels, as far as this torch can ask."""
     names = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile", "amx_fp16")
@@ -168,10 +148,8 @@ def _features(cpu: Any) -> list[str]:
 
 def _processor() -> dict[str, str]:
     """Return the vendor of the CPU, by which MKL chooses kernels, and its model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:  # not Linux
-        lines = []
+    path = Path("/proc/cpuinfo")  # of Linux
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.is_file() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {
         "vendor": fields.get("vendor_id") or fields.get("CPU implementer") or platform.processor(),
@@ -190,20 +168,16 @@ def _openblas() -> dict[str, Any] | None:
     # SciPy brings a second one; whether it is loaded depends on the stage, so it must not count.
     own = re.compile(r"site-packages[/\\]numpy\b")
     found = [
-        library
-        for library in libraries
-        if library["internal_api"] == "openblas" and own.search(library["filepath"])
+        each for each in libraries if each["internal_api"] == "openblas" and own.search(each["filepath"])
     ]
     return {key: found[0].get(key) for key in ("architecture", "num_threads", "version")} if found else None
 
 
 def _driver() -> str | None:
     """Return the version of NVIDIA's kernel module."""
-    try:
-        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return next((word for word in line.split() if word[0].isdigit() and "." in word), None)
+    path = Path("/proc/driver/nvidia/version")
+    words = path.read_text().split() if path.is_file() else []
+    return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
 def _version(package: str) -> str | None:

@@ -9,12 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOREIGN = (
-    "GIT_DIR",
-    "GIT_WORK_TREE",
-    "GIT_INDEX_FILE",
-    "GIT_PREFIX",
-)  # set inside a hook: they would point to another repository
+# Set inside a hook: they would point to another repository.
+FOREIGN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 
 
 class GitError(Exception):
@@ -37,28 +33,16 @@ def git_bytes(
 
     Raises GitError where it fails, takes longer than timeout (seconds), or cannot be run.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | dict(
-        variables or {}
-    )
-    command = ["git", *arguments]
+    kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    how: dict[str, Any] = {"cwd": folder, "env": kept | dict(variables or {}), "capture_output": True}
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            input=stdin,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = subprocess.run(["git", *arguments], input=stdin, timeout=timeout, check=False, **how)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GitError(f"git cannot be run ({error})") from None
     if done.returncode:
-        raise GitError(
-            done.stderr.decode(errors="replace").strip()
-            or f"`git {arguments[0]}` ended with status {done.returncode}"
-        )
-    return done.stdout
+        said = done.stderr.decode(errors="replace").strip()
+        raise GitError(said or f"`git {arguments[0]}` ended with status {done.returncode}")
+    return bytes(done.stdout)
 
 
 def try_git(folder: Path, *arguments: str, **how: Any) -> str:

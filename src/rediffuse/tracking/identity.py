@@ -21,14 +21,8 @@ from rediffuse.tracking.git import GitError, experiment_ref, git_bytes, try_git
 CODE = ("src", "stages", "dvc.yaml")
 # As `git apply` takes it, for any settings of the user's.
 DIFF = (
-    "diff",
-    "--binary",
-    "--no-color",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--no-relative",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
+    *("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
 )
 PASSWORD = re.compile(r"//[^/@\s]*@")  # and the user's name, in an address
 
@@ -47,9 +41,7 @@ class Identity:
 
 
 def identify(root: Path, params: Mapping[str, Any]) -> Identity:
-    """Return the row of the stage that runs in the checkout, from DVC's environment, git, and the flattened
-    parameters.
-    """
+    """Return the row of the stage that runs in the checkout.  params: flattened."""
     commit, diff = try_git(root, "rev-parse", "HEAD"), code_diff(root)
     baseline, experiment = os.environ.get("DVC_EXP_BASELINE_REV"), os.environ.get("DVC_EXP_NAME")
     if baseline and experiment:
@@ -85,9 +77,7 @@ def digest_of(content: Any) -> str:
 
 
 def code_diff(root: Path) -> bytes:
-    """Return the difference of the code, tracked or new, to the commit; empty where there is no git or no
-    commit.
-    """
+    """Return the difference of the code, tracked or new, to the commit; empty where there is no commit."""
     there = [path for path in CODE if (root / path).exists()]
     with tempfile.TemporaryDirectory() as folder:  # a separate index: the user's stays as it is
         index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
@@ -112,14 +102,13 @@ def _diff(root: Path, *what: str, variables: Mapping[str, str] | None = None) ->
 
 def _origin(root: Path, commit: str, diff: bytes) -> dict[str, str]:
     branch = try_git(root, "rev-parse", "--abbrev-ref", "HEAD")
+    url = try_git(root, "config", "--get", "remote.origin.url")
     return {
         "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
         "mlflow.source.git.branch": "" if branch == "HEAD" else branch,
-        "mlflow.source.git.repoURL": PASSWORD.sub(
-            "//", try_git(root, "config", "--get", "remote.origin.url")
-        ),
+        "mlflow.source.git.repoURL": PASSWORD.sub("//", url),
         "git.dirty": str(bool(diff)).lower(),
     }
 

@@ -80,16 +80,13 @@ def lineage_of_checkout(root: Path, running: str | None = None) -> Lineage:
 
     with Repo(str(root)) as repo:
         pipeline = _Pipeline(repo, root, running)
-        made = [
-            out
-            for stage in pipeline.current
-            for out in stage.outs
-            if stage.name != running or not out.status()
-        ]
+        current = pipeline.current
+        outs = ((stage, out) for stage in current for out in stage.outs)
+        made = [out for stage, out in outs if stage.name != running or not out.status()]
         return Lineage(
             root,
-            {stage.name: _results(stage, root) for stage in pipeline.current},
-            {stage.name: _key(stage, ended=stage.name != running) for stage in pipeline.current},
+            {stage.name: _results(stage, root) for stage in current},
+            {stage.name: _key(stage, ended=stage.name != running) for stage in current},
             frozenset(stage.name for stage in pipeline.stages),
             {out.def_path: out.hash_info.value for out in made},
         )
@@ -97,25 +94,20 @@ def lineage_of_checkout(root: Path, running: str | None = None) -> Lineage:
 
 @contextmanager
 def lineage_of_commit(root: Path, commit: str, folder: Path) -> Iterator[Lineage]:
-    """Return the state in a commit.
-
-    Its files are put into `folder`, pictures and models from DVC's cache.
-    """
+    """Return the state in a commit.  Put its files into `folder`, pictures and models from DVC's cache."""
     from dvc.repo import Repo
 
     with Repo(str(root), rev=commit) as repo:
         pipeline = _Pipeline(repo, root, committed=True)
         results, missing = dict[str, list[Path]](), []
         for stage in pipeline.current:
-            places = [
-                out.def_path for out in stage.outs if out.def_path.startswith(("metrics/", f"{MODELS}/"))
-            ]
+            outs = (out.def_path for out in stage.outs)
+            places = [path for path in outs if path.startswith(("metrics/", f"{MODELS}/"))]
             there = [place for place in places if _fetch(repo, place, folder / place)]
             if len(there) < len(places):
                 missing.append(stage.name)
-            results[stage.name] = result_files(
-                folder / place for place in there if place.startswith("metrics/")
-            )
+            written = (folder / place for place in there if place.startswith("metrics/"))
+            results[stage.name] = result_files(written)
         for path in (*RECIPE, f"{PIXELS}/manifest.json", f"{SAMPLES}/vae/prior.safetensors"):
             _fetch(repo, path, folder / path)
         yield Lineage(
@@ -136,9 +128,7 @@ class _Pipeline:
     committed: the repository is opened at a commit.
     """
 
-    def __init__(
-        self, repo: Repo, root: Path, running: str | None = None, *, committed: bool = False
-    ) -> None:
+    def __init__(self, repo: Repo, root: Path, running: str | None = None, committed: bool = False) -> None:
         self.repo, self.root, self.running, self.committed = repo, root, running, committed
         self.stages = [stage for stage in repo.index.stages if _in_pipeline(stage)]
         self.made = {out.def_path: out for stage in repo.index.stages for out in stage.outs}
@@ -160,15 +150,12 @@ class _Pipeline:
         return self._known[stage]
 
     def _before(self, stage: Stage) -> Iterable[Stage]:
-        found: Iterable[Stage] = self.repo.index.graph.successors(
-            stage
-        )  # edges lead to what a stage depends on
+        # Edges lead to what a stage depends on.
+        found: Iterable[Stage] = self.repo.index.graph.successors(stage)
         return found
 
     def _differing(self, stage: Stage) -> Iterator[Any]:
-        """Yield what of the stage is not as in dvc.lock: dependencies, parameters, outputs; its definition as
-        a text.
-        """
+        """Yield what is not as in dvc.lock: dependencies, parameters, outputs; the definition as a text."""
         if stage.frozen or stage.always_changed or stage.is_callback or stage.changed_stage():
             yield "its definition"
         yield from (entry for entry in chain(stage.deps, stage.outs) if not self._agrees(entry))

@@ -52,10 +52,7 @@ def output_hashes(lock: Entries) -> dict[str, str | None]:
 def unchanged(folder: Path, stage: str) -> bool:
     """Return whether the outputs of the stage, in the folder, are those that dvc.lock has for it already."""
     outs = lock_of(folder).get(stage, {}).get("outs", [])
-    small_first = sorted(
-        outs, key=lambda out: int(out.get("size", 0))
-    )  # metrics are read fast and differ most often
-    return bool(outs) and all(md5_of(folder / path) == md5 for path, md5 in hashes(small_first).items())
+    return bool(outs) and all(md5_of(folder / path) == md5 for path, md5 in hashes(outs).items())
 
 
 def md5_of(path: Path) -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,30 +34,12 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Row
 
 LOCK_SECONDS = 60.0  # another process needs less to register a model
-# What serving imports.
-LIBRARIES = [
-    "mlflow",
-    "filelock",
-    "numpy",
-    "pandas",
-    "pillow",
-    "pydantic",
-    "pyyaml",
-    "safetensors",
-    "torch",
-    "tqdm",
+LIBRARIES = [  # what serving imports
+    *("mlflow", "filelock", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "tqdm")
 ]
 SCRIPT = "served.py"
-NOT_SERVED = [
-    "cli.py",
-    "commands",
-    "evaluation",
-    "figures",
-    "sources",
-    "tracking",
-    "training",
-    "__pycache__",
-]  # of the package
+# Of the package.
+NOT_SERVED = ["cli.py", "commands", "evaluation", "figures", "sources", "tracking", "training", "__pycache__"]
 MODEL_ID = "rediffuse.model_id"  # tag of a version: MLflow's SQL store forgets the logged model of a version
 MODEL_VERSIONS = "mlflow.modelVersions"  # tag by which MLflow's pages find the versions of a logged model
 
@@ -77,20 +57,17 @@ def registered_name(kind: str) -> str:
 
 
 def open_registry() -> tuple[MlflowClient, str]:
-    """Return a client of the store of the checkout, or of the one that MLFLOW_TRACKING_URI names, and its
-    address.
+    """Return a client of the store in force, and its address.
 
-    Raises UserError outside a checkout, unless MLFLOW_TRACKING_URI names a server, and where there is no
-    store yet.
+    Raises UserError where there is no store yet, and outside a checkout unless MLFLOW_TRACKING_URI names a
+    server.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri.startswith(("http://", "https://")):
         uri = tracking_uri(repository_root())
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(
-            f"there is no MLflow store yet ({uri}): `dvc repro` makes one"
-        )  # opening would make an empty one
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        # Opening would make an empty one.
+        raise UserError(f"there is no MLflow store yet ({uri}): `dvc repro` makes one")
     return connect(uri), uri
 
 
@@ -122,9 +99,7 @@ def log_models(client: MlflowClient, row: Row, checkout: Path) -> dict[Kind, Ver
 
 
 def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Path) -> dict[str, bytes]:
-    """Return the files that a model is packed as, by their paths: its folder, its sampling settings, a fitted
-    prior.
-    """
+    """Return the files of a packed model by their paths: its folder, sampling settings, a fitted prior."""
     names = [name.strip() for name in read_config(folder).get("class_names", [])]
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
@@ -137,8 +112,8 @@ def model_files(kind: Kind, folder: Path, settings: dict[str, Any], checkout: Pa
 def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], usage: str = USAGE) -> str:
     """Return the model card of a model of the checkout.
 
-    It claims what dvc.lock says of these bytes, and of the rest that it is not known: parameters that were
-    edited later, or scores of an earlier model, cannot get into it.
+    It claims only what dvc.lock says of these bytes: parameters that were edited later, or scores of an
+    earlier model, cannot get into it.
     """
     stages = lock_of(checkout)
     model, samples, report = f"{MODELS}/{kind}", f"{SAMPLES}/{kind}", f"metrics/evaluation/{kind}.json"
@@ -149,8 +124,8 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
     def read(path: str, agrees: bool) -> Any:
         return json.loads((checkout / path).read_bytes()) if agrees and (checkout / path).is_file() else None
 
-    def params_of(stage: str) -> dict[str, Any]:
-        return dict(stages[stage].get("params", {}).get("params.yaml", {}))
+    def params_of(stage: str, agrees: bool) -> dict[str, Any]:
+        return dict(stages[stage].get("params", {}).get("params.yaml", {})) if agrees else {}
 
     md5, pixels = directory_md5(folder), locked("train_" + kind, "deps", PIXELS)
     trained = locked("train_" + kind, "outs", model) == md5
@@ -159,15 +134,14 @@ def card_of(kind: Kind, folder: Path, checkout: Path, origin: dict[str, str], us
     judged = locked("evaluate_" + kind, "deps", samples)
     seen = judged is not None and locked("sample_" + kind, "outs", samples) == judged
     scores = locked("evaluate_" + kind, "outs", report) == md5_of(checkout / report)
+    parameters = params_of("prepare", on_these_data) | params_of("train_" + kind, trained)
     return model_card(
         kind,
         config=read_config(folder),
         settings=sampling_settings(load_params(checkout / "params.yaml"), kind),
         manifest=read(f"{PIXELS}/manifest.json", on_these_data),
         record=read(report, drawn and seen and scores),
-        parameters=(params_of("prepare") if on_these_data else {}) | params_of("train_" + kind)
-        if trained
-        else None,
+        parameters=parameters if trained else None,
         origin={"DVC's hash of the model": md5} | origin,
         usage=usage,
     )
@@ -222,9 +196,7 @@ def _log(client: MlflowClient, row: Row, kind: Kind, files: dict[str, bytes]) ->
 
 
 def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
-    """Write a folder that MLflow can load and serve anywhere: files, script, package, signature, example,
-    requirements.
-    """
+    """Write a folder that MLflow can load and serve anywhere."""
     import mlflow.pyfunc
     import pandas as pd  # type: ignore[import-untyped]
     from mlflow.models import Model, ModelSignature
@@ -233,19 +205,12 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
     names = json.loads(files[SAMPLING])["class_names"]
     example = {"n": 4, "label": names[-1], "seed": 1} if names else {"n": 4, "seed": 1}
     label = ColSpec("string", "label", required=False)
-    inputs, outputs = (
-        Schema([ColSpec("long", "n"), label, ColSpec("long", "seed")]),
-        Schema([label, ColSpec("string", "png")]),
-    )
-    with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder, _quiet():
-        # MLmodel records the places that things were taken from, so everything is copied to places without a
-        # meaning.
-        package, artifacts, script = (
-            Path(folder, "rediffuse"),
-            Path(folder, "artifacts"),
-            Path(folder, SCRIPT),
-        )
-        source = Path(rediffuse.__file__).parent
+    inputs = Schema([ColSpec("long", "n"), label, ColSpec("long", "seed")])
+    outputs = Schema([label, ColSpec("string", "png")])
+    with tempfile.TemporaryDirectory(prefix="rediffuse-") as folder:
+        # MLmodel records the places that things were taken from: copy them to places without a meaning.
+        source, package = Path(rediffuse.__file__).parent, Path(folder, "rediffuse")
+        artifacts, script = Path(folder, "artifacts"), Path(folder, SCRIPT)
         shutil.copytree(source, package, ignore=shutil.ignore_patterns(*NOT_SERVED))
         shutil.copyfile(source / "inference" / SCRIPT, script)
         for name, content in files.items():
@@ -262,16 +227,3 @@ def _pack(target: Path, files: dict[str, bytes], **identity: str) -> None:
             mlflow_model=Model(model_uuid=identity["model_id"], **identity),
             uv_project_path=folder,  # not one that happens to lie in the working directory
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let only warnings of MLflow through."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logger = logging.getLogger("mlflow")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

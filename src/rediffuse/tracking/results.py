@@ -18,9 +18,7 @@ from typing import Any
 
 
 def legal(name: str) -> str:
-    """Return a name that MLflow accepts: 250 characters at most, others than letters, digits and "_./ -"
-    become _.
-    """
+    """Return a name that MLflow accepts: at most 250 letters, digits and "_./ -"; others become _."""
     return re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII)[:250]
 
 
@@ -36,10 +34,7 @@ def is_record(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the numbers in a JSON file, named by the file's stem and the nested keys.
-
-    Text and booleans are left out.
-    """
+    """Return the numbers in a JSON file, not text and booleans, named by the file's stem and nested keys."""
 
     def leaves(node: Any, name: str) -> Iterator[tuple[str, float]]:
         if isinstance(node, dict | list):
@@ -52,10 +47,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_curve_points(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield (images seen, {curve: value}) for each line of a CSV file of curves.
-
-    A CSV file of another kind has none.
-    """
+    """Yield (images seen, {curve: value}) for each line of a CSV file of curves; another file has none."""
     model = model_of(path)
     with path.open(newline="") as file:
         table = csv.DictReader(file)
@@ -70,14 +62,9 @@ def image_name(path: Path) -> str:
 
 
 def model_of(path: Path) -> str:
-    """Return the model that a file belongs to, by its folder below metrics/plots or metrics/report:
-    train_ddpm is ddpm.
-    """
-    parts = path.parts
-    for place in range(len(parts) - 3):
-        if parts[place] == "metrics" and parts[place + 1] in ("plots", "report"):
-            owner = parts[place + 2]
-            return owner.partition("_")[2] or owner
+    """Return the model of a file below metrics/plots/train_ddpm or metrics/report/ddpm: ddpm."""
+    if match := re.search(r"(?:^|/)metrics/(?:plots|report)/(?:[^/_]+_)?([^/]+)/", path.as_posix()):
+        return match[1]
     raise ValueError(
-        f"{path} is in no folder below metrics/plots or metrics/report, so it has no name in the row"
+        f"{path} is in no folder below metrics/plots or metrics/report: it has no name in the row"
     )

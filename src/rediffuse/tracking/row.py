@@ -110,10 +110,7 @@ class Run:
 
     @_never_fails
     def log_curve(self, images_seen: int, values: dict[str, float]) -> None:
-        """Write points of curves named "model/quantity", such as ddpm/loss, at this number of images.
-
-        Sent in batches.
-        """
+        """Write points of curves named "model/quantity", such as ddpm/loss, at this number of images."""
         if self._opening and self._opening.is_alive():
             self._early.append((images_seen, values))
         else:
@@ -121,9 +118,7 @@ class Run:
 
     @_never_fails
     def log_model(self, images_seen: int, model: Any) -> None:
-        """Draw a few images from a model in training, from the same noise each time, as a picture with this
-        step.
-        """
+        """Draw a few images from a model in training, each time from the same noise, as a picture."""
         from rediffuse.tracking.preview import draw_preview
 
         key, picture = draw_preview(model, self._params)
@@ -187,10 +182,8 @@ class Run:
         if error is None:
             row.log_metrics({f"seconds/{self._stage}": seconds})
         else:
-            failure = f"{type(error).__name__}: {error}"
-            row.set_tags(
-                {stage_tag(self._stage, "status"): "failed", stage_tag(self._stage, "error"): failure}
-            )
+            failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            row.set_tags({stage_tag(self._stage, what): value for what, value in failed.items()})
         # A stage without torch does not depend on the environment, and importing torch takes seconds.
         if "torch" in sys.modules:
             log_environment(row, self._stage)
@@ -225,9 +218,6 @@ def _terminable() -> Iterator[None]:
     def terminate(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield

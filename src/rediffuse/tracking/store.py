@@ -20,25 +20,19 @@ if TYPE_CHECKING:
 EXPERIMENT = "rediffuse"  # MLflow's name for the table of rows
 LOCK_SECONDS = 180.0  # making the store takes 5 s, once, and longer on a busy machine
 DATABASE = ".mlflow/mlflow.db"
-# Columns in which MLflow 3.17 keeps absolute addresses of artifacts.
-ADDRESSES = {
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
+# Tables and columns in which MLflow 3.17 keeps absolute addresses of artifacts.
+ADDRESSES = [
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
+]
 
 
 def repository_root() -> Path:
     """Return the root of the repository, also in the temporary workspace of `dvc exp run --temp` or
-    `--queue`.
-
-    There the nearest .dvc is that of the workspace, which is deleted afterwards: DVC names the parent in
-    DVC_ROOT.
+    `--queue`, where DVC names it in DVC_ROOT: the nearest .dvc is that of the workspace, which is deleted.
     """
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root).resolve()
-    return checkout_root()
+    root = os.environ.get("DVC_ROOT")
+    return Path(root).resolve() if root else checkout_root()
 
 
 def checkout_root() -> Path:
@@ -72,9 +66,7 @@ def tracking_uri(root: Path) -> str:
 
 
 def row_lock(root: Path) -> FileLock:
-    """Return the lock, one for all processes of a repository, under which the store, the experiment and rows
-    are made.
-    """
+    """Return the lock of a repository, under which the store, the experiment and rows are made."""
     from filelock import FileLock
 
     path = root / ".dvc" / "tmp" / "rediffuse-row.lock"
@@ -96,9 +88,9 @@ def import_mlflow() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow.store.db.utils
 
-    mlflow.store.db.utils.MAX_RETRY_COUNT = (
-        3  # the default of 10 waits 101 s for a database that cannot be opened
-    )
+    # The default of 10 waits 101 s for a database that cannot be opened.
+    mlflow.store.db.utils.MAX_RETRY_COUNT = 3
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     # They report each retry; we report the outcome.
     for noisy in ("mlflow.store.db.utils", "mlflow.system_metrics", "urllib3.connectionpool"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -114,9 +106,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
-    """Return the id of MLflow's experiment "rediffuse", which is made if it is missing.
-
-    Call it under the row lock.
+    """Return the id of MLflow's experiment "rediffuse", made if it is missing.  Call it under the row lock.
 
     A server decides itself where artifacts go.  For a database the place is given: MLflow's default is
     ./mlruns of the first working directory, which may be a temporary workspace.
@@ -139,9 +129,7 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
 
 
 def _follow_checkout(uri: str) -> None:
-    """Let the store of a checkout that was moved find its artifacts: MLflow keeps absolute addresses, with no
-    call to change them.
-    """
+    """Let the store of a checkout that was moved find its artifacts, whose addresses are absolute."""
     database = Path(uri.removeprefix("sqlite:///"))
     if not uri.endswith(f"/{DATABASE}") or not database.is_file():
         return
@@ -150,12 +138,10 @@ def _follow_checkout(uri: str) -> None:
     try:
         with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection, connection:
             old = (connection.execute(query, [EXPERIMENT]).fetchone() or [new])[0]
-            for table, columns in ADDRESSES.items() if old != new else ():
-                for name in columns:
-                    move = (
-                        f"UPDATE {table} SET {name} = ? || substr({name}, ?) WHERE substr({name}, 1, ?) = ?"
-                    )
-                    connection.execute(move, [new, len(old) + 1, len(old), old])
+            for table, name in ADDRESSES if old != new else ():
+                starts = f"substr({name}, 1, ?) = ?"
+                move = f"UPDATE {table} SET {name} = ? || substr({name}, ?) WHERE {starts}"
+                connection.execute(move, [new, len(old) + 1, len(old), old])
     except sqlite3.Error:  # no tables yet, or a damaged file: MLflow makes them, or says what is wrong
         return
 

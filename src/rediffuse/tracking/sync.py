@@ -71,16 +71,14 @@ class _Store:
 
 
 def sync(*, every: bool = False) -> list[Outcome]:
-    """Complete the rows of the files and of the experiments on the commit that is checked out (`every`: of
-    all experiments).
+    """Complete the rows of the files and of the experiments on this commit, or of all (`every`).
 
     Raises UserError outside a repository, and if the store cannot be reached or written.
     """
     root, checkout = repository_root(), checkout_root()
     uri = tracking_uri(root)
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "60"
-    )  # no training waits here: a slow server may take its time
+    # No training waits here: a slow server may take its time.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     import_mlflow()
     try:
         with row_lock(root):
@@ -105,9 +103,7 @@ def sync(*, every: bool = False) -> list[Outcome]:
 
 
 def complete(writer: RowWriter, lineage: Lineage) -> None:
-    """Write what the lineage holds: results of stages that are up to date, the recipe, models, and the state,
-    if it is whole.
-    """
+    """Write what the lineage holds: results of stages that are up to date, recipe, models, a whole state."""
     tags = dict[str, str]()
     for stage, files in lineage.results.items():
         writer.log_results(files)
@@ -126,9 +122,7 @@ def complete(writer: RowWriter, lineage: Lineage) -> None:
 
 
 def log_recipe(writer: RowWriter, lineage: Lineage) -> tuple[str, str] | None:
-    """Write what the results were made from: parameters, stages, hashes, packages, and the data set, whose
-    name and digest are returned if it is known.
-    """
+    """Write what the results were made from.  Return the name and digest of the data set if it is known."""
     folder = lineage.folder
     for name in RECIPE:
         if (folder / name).is_file():
@@ -170,7 +164,8 @@ def _sync_experiment(store: _Store, baseline: str, name: str, commit: str) -> Ou
         with row_lock(store.root):
             row, made = _row_for(store, identity, params, at)
         writer = RowWriter(store.client, row)
-        return _finish(writer, lineage, identity, made=made, tags={"dvc.exp_rev": commit}, at=at)
+        writer.set_tags({"dvc.exp_rev": commit})
+        return _finish(writer, lineage, identity, made=made)
 
 
 def _sync_checkout(store: _Store, checkout: Path) -> Iterator[Outcome]:
@@ -193,14 +188,11 @@ def _sync_checkout(store: _Store, checkout: Path) -> Iterator[Outcome]:
             identity = replace(identity, tags={}, code_diff=b"")
         made = row is None
         row = row or create(store.client, store.experiment, identity, store.place)
-    yield _finish(RowWriter(store.client, row), lineage, identity, made=made, tags={}, at=None)
+    yield _finish(RowWriter(store.client, row), lineage, identity, made=made)
 
 
 def _row_for(store: _Store, identity: Identity, params: dict[str, Any], at: int) -> tuple[Row, bool]:
-    """Return the experiment's row, and whether it was made now.
-
-    Of several attempts the one with the experiment's own parameters.
-    """
+    """Return the experiment's row, the attempt with its parameters, and whether it was made now."""
     rows = find(store.client, store.experiment, identity.key)
     fitting = [row for row in rows if same_params(row, params)]
     if fitting:
@@ -208,15 +200,7 @@ def _row_for(store: _Store, identity: Identity, params: dict[str, Any], at: int)
     return create(store.client, store.experiment, identity, store.place, replaces=rows, at=at), True
 
 
-def _finish(
-    writer: RowWriter,
-    lineage: Lineage,
-    identity: Identity,
-    *,
-    made: bool,
-    tags: dict[str, str],
-    at: int | None,
-) -> Outcome:
+def _finish(writer: RowWriter, lineage: Lineage, identity: Identity, *, made: bool) -> Outcome:
     if writer.tags.get(FINAL) == lineage.digest:
         return Outcome(writer.row.info.run_name, writer.id, "unchanged")
     writer.set_params(flatten(load_params(lineage.folder / "params.yaml")))
@@ -225,31 +209,27 @@ def _finish(
         writer.log_content("recipe/code.diff", identity.code_diff)
     complete(writer, lineage)
     # The row of another checkout knows better who ran it, and where.
-    writer.set_tags(tags | {tag: value for tag, value in identity.tags.items() if tag not in writer.tags})
+    writer.set_tags({tag: value for tag, value in identity.tags.items() if tag not in writer.tags})
     if lineage.state:
-        writer.set_status("FINISHED", at=at if made else None)
+        writer.set_status("FINISHED", at=writer.row.info.start_time if made else None)
     if not lineage.missing:
         writer.set_tags({FINAL: lineage.digest})
     what = "made" if made else "completed"
     if lineage.missing:
-        what += (
-            f" (not in DVC's cache, so left out: files of {', '.join(lineage.missing)};"
-            " fetch them with `dvc pull` or `dvc exp pull`)"
-        )
+        what += f" (not in DVC's cache, so left out: files of {', '.join(lineage.missing)};"
+        what += " fetch them with `dvc pull` or `dvc exp pull`)"
     return Outcome(writer.row.info.run_name, writer.id, what)
 
 
 def _close_stale(store: _Store) -> Iterator[Outcome]:
     """Mark rows of this checkout that say running and whose process is gone."""
-    for row in store.client.search_runs(
-        [store.experiment], "attributes.status = 'RUNNING'", max_results=1000
-    ):
+    running = "attributes.status = 'RUNNING'"
+    for row in store.client.search_runs([store.experiment], running, max_results=1000):
         writer = RowWriter(store.client, row)
         place, _, process = writer.tags.get("rediffuse.process", "").partition(" ")
         if place == store.place and not process_runs(process):
-            running = [tag for tag, value in writer.tags.items() if value == "running"]
-            statuses = [tag for tag in running if re.fullmatch(r"stage\..*\.status", tag)]
-            writer.set_tags(dict.fromkeys(statuses, "killed"))
+            statuses = (tag for tag in writer.tags if re.fullmatch(r"stage\..*\.status", tag))
+            writer.set_tags({tag: "killed" for tag in statuses if writer.tags[tag] == "running"})
             writer.set_status("KILLED")
             yield Outcome(row.info.run_name, writer.id, "killed")
 
@@ -283,15 +263,12 @@ def _origin(writer: RowWriter, stage: str, key: str) -> dict[str, str]:
 def _with_tag(client: MlflowClient, experiment: str, tag: str, value: str, **more: str) -> list[Row]:
     """Return the rows with these tags, the oldest first."""
     query = " and ".join(f"tags.`{name}` = '{wanted}'" for name, wanted in ({tag: value} | more).items())
-    return list(
-        client.search_runs([experiment], query, order_by=["attributes.start_time ASC"], max_results=100)
-    )
+    order = ["attributes.start_time ASC"]
+    return list(client.search_runs([experiment], query, order_by=order, max_results=100))
 
 
 def _log_models(writer: RowWriter, lineage: Lineage, dataset: tuple[str, str] | None) -> dict[str, str]:
-    """Register the models of stages that are up to date, with their numbers; return the tags that name their
-    versions.
-    """
+    """Register the models of stages that are up to date, with their numbers.  Return tags that name them."""
     kinds = [kind for kind in KINDS if f"{MODELS}/{kind}" in lineage.hashes]
     if not any((lineage.folder / MODELS / kind).is_dir() for kind in kinds):
         return {}

@@ -77,8 +77,7 @@ def _is_ours(view: str) -> bool:
 def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
     """Return the metrics to show as scores, grouped by instrument, then by model.
 
-    rows: names of metrics, the latest row first.  The instrument with most scores is the main one of its row
-    and comes first.
+    rows: names of metrics, the latest row first.  The instrument with most scores comes first in its row.
     """
     found: dict[str, dict[str, None]] = {}  # instrument -> its scores
     for names in rows:
@@ -104,36 +103,23 @@ def view_of(rows: Iterable[Iterable[str]] = (), params: Mapping[str, str] | None
         *(f"metrics.`{name}`" for name in scores if not name.endswith("/precision")),
         *(f"params.`{name}`" for name in PARAMS),
     ]
-    sections = [
-        _section("Parameters that differ", 1, 280),
-        _section("Scores", 3, 260),
-        _section("Samples", 1, 700),
-        _section("More pictures", 1, 700),
-        _section("Curves", 2, 360),
-        _section("Training", 2, 640),
-        *(_section(name, 3, 360, display=False) for name in folded),
-    ]
-    differ = {
-        "chartName": "Parameters that differ",
-        "compareGroups": ["Parameters"],
-        "showDifferencesOnly": True,
-    }
-    differ |= {"showChangeFromBaseline": False, "baselineColumnUuid": ""}
-    # Several pictures in one card are shown as a table, a column for each row of the experiment; a single one
-    # is not.
+    shown = {"Parameters that differ": (1, 280), "Scores": (3, 260), "Samples": (1, 700)}
+    shown |= {"More pictures": (1, 700), "Curves": (2, 360), "Training": (2, 640)}
+    sections = [_section(name, *shape) for name, shape in shown.items()]
+    sections += [_section(name, 3, 360, display=False) for name in folded]
+    differ: dict[str, Any] = {"chartName": "Parameters that differ", "compareGroups": ["Parameters"]}
+    differ |= {"showDifferencesOnly": True, "showChangeFromBaseline": False, "baselineColumnUuid": ""}
+    # MLflow shows a card of several pictures as a table, with a column for each row of the experiment.
     pictures = [("Samples", SAMPLES, 0), ("More pictures", PICTURES, 0)]
     # A card with a slider shows nothing until its step is one of the pictures: begin with the last one.
     pictures += [("Training", [f"{model}/training"], _last_step(params or {}, model)) for model in MODELS]
     line = {"xAxisKey": "step", "range": {}}
-    charts = [
-        _chart("Parameters that differ", "DIFFERENCE", **differ),
-        *(_chart("Scores", "BAR", metricKey=name) for name in scores),
-        *(
-            _chart(section, "IMAGE", imageKeys=keys, step=step, showRunParams=False)
-            for section, keys, step in pictures
-        ),
-        *(_chart("Curves", "LINE", metricKey=name, selectedMetricKeys=[name], **line) for name in CURVES),
-    ]
+    charts = [_chart("Parameters that differ", "DIFFERENCE", **differ)]
+    charts += [_chart("Scores", "BAR", metricKey=name) for name in scores]
+    for section, keys, step in pictures:
+        charts.append(_chart(section, "IMAGE", imageKeys=keys, step=step, showRunParams=False))
+    for name in CURVES:
+        charts.append(_chart("Curves", "LINE", metricKey=name, selectedMetricKeys=[name], **line))
     state = {
         "searchFilter": "tags.`rediffuse.superseded` = 'false'",
         "orderByKey": "attributes.start_time",

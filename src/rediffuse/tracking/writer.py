@@ -61,10 +61,7 @@ class RowWriter:
             self._params |= new
 
     def set_status(self, status: str, *, at: int | None = None) -> None:
-        """Set RUNNING, FINISHED, FAILED or KILLED.
-
-        at: the end, in milliseconds since the epoch; None: now.
-        """
+        """Set RUNNING, FINISHED, FAILED or KILLED.  at: the end, in milliseconds; None: now."""
         if status == self.status:
             return
         if status == "RUNNING":
@@ -74,10 +71,7 @@ class RowWriter:
         self.status = status
 
     def log_curve(self, images_seen: int, values: Mapping[str, float]) -> None:
-        """Write points of curves, such as ddpm/loss, at this number of images.
-
-        Points are sent in batches.
-        """
+        """Write points of curves, such as ddpm/loss, at this number of images.  They are sent in batches."""
         for name, value in values.items():
             self._add_point(legal(name), images_seen, float(value))
         if len(self._waiting) >= BATCH or time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -90,25 +84,15 @@ class RowWriter:
         self.flush()
 
     def log_model_metrics(self, values: Mapping[str, float], model_id: str, dataset: tuple[str, str]) -> None:
-        """Link final numbers of the row to a logged model and a data set (name, digest), by which MLflow
-        ranks models.
-        """
+        """Link numbers to a logged model and a data set (name, digest), by which MLflow ranks models."""
         from mlflow.entities import Metric
 
         found = self.client.get_logged_model(model_id).metrics or []
         known = {(each.key, each.value) for each in found if each.run_id == self.id}
         new = [(legal(name), value) for name, value in values.items() if (legal(name), value) not in known]
-        at = (
-            self.row.info.start_time
-        )  # as in log_metrics: MLflow adds no second point with the same value, step and time
-        for begin in range(0, len(new), BATCH):
-            self.client.log_batch(
-                self.id,
-                [
-                    Metric(name, value, at, 0, model_id, *dataset)
-                    for name, value in new[begin : begin + BATCH]
-                ],
-            )
+        if new:
+            at = self.row.info.start_time  # as in log_metrics: MLflow adds no equal point with an equal time
+            self.client.log_batch(self.id, [Metric(*each, at, 0, model_id, *dataset) for each in new])
 
     def log_results(self, files: Iterable[Path]) -> None:
         """Write files below metrics/; results.py says under which names.
@@ -165,9 +149,8 @@ class RowWriter:
             short = {key: value for key, value in manifest.items() if key not in ("classes", "splits")}
             profile = json.dumps(short, sort_keys=True)
         dataset = Dataset(name, digest, "dvc", json.dumps(source), profile=profile)
-        self.client.log_inputs(
-            self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.id, [DatasetInput(dataset, tags)])
         self.row = self.client.get_run(self.id)
 
     def flush(self) -> None:
@@ -178,10 +161,7 @@ class RowWriter:
             self.client.log_batch(self.id, metrics=waiting)
 
     def _add_point(self, name: str, step: int, value: float, *, at: int | None = None) -> None:
-        """Keep a point for the next batch, unless the row has it.
-
-        at: its time if it is the first of its name; None: now.
-        """
+        """Keep a point for the next batch, unless the row has it.  at: the time of the first of its name."""
         from mlflow.entities import Metric
 
         known = self._known_points(name)
@@ -198,9 +178,8 @@ class RowWriter:
             known = self._points[name] = {}
             if name in self.row.data.metrics:  # else the row has none
                 history = self.client.get_metric_history(self.id, name)
-                known.update(
-                    (point.step, point.value) for point in sorted(history, key=lambda point: point.timestamp)
-                )
+                history = sorted(history, key=lambda point: point.timestamp)
+                known.update((point.step, point.value) for point in history)
         return self._points[name]
 
     def _send(self, artifact: str, write: Callable[[Path], object]) -> None:
