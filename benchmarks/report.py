@@ -13,7 +13,10 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-PARTS = ("training", "sampling", "vae", "startup", "evaluation", "growth", "steps", "quality", "gpu")
+PARTS = (
+    *("training", "sampling", "vae", "startup", "evaluation", "growth"),
+    *("steps", "quality", "rulers", "gpu"),
+)
 RATIO = "ratio"  # how many times as good as this row ours is
 PACKAGES = (
     *("torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "pythae", "torch-fidelity"),

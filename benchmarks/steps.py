@@ -59,6 +59,7 @@ def measure_methods(
     rows, chain = [], list[float]()
     for sampler, spacing, steps in methods(model.schedule.T, counts):
         settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "eta": 0.0, "guidance_scale": 1.0}
+        settings["guidance_interval"] = [0.0, 1.0]
         begin = time.perf_counter()
         images = draw_images(model, params, n, **settings).numpy()
         seconds = time.perf_counter() - begin

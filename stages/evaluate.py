@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rediffuse.evaluation.judgement import Judgement
-from rediffuse.evaluation.record import class_table, load_record
+from rediffuse.evaluation.record import RealImages, class_table, load_record
 from rediffuse.images.image_set import load_images
 from rediffuse.images.sample_sets import load_sets
 from rediffuse.params import load_params
@@ -27,9 +27,9 @@ def main() -> None:
     params = load_params()
     make_deterministic()
     reference = load_record(RECORDS / "reference.json")
-    train, test = load_images(IMAGES, "train"), load_images(IMAGES, "test")
-    samples = load_sets(Path(f"data/samples/{model}"), test.shape, len(test.classes))
-    judgement = Judgement(params, samples, train, test, reference, FOLDER)
+    real = RealImages(*(load_images(IMAGES, split) for split in ("train", "validation", "test")))
+    samples = load_sets(Path(f"data/samples/{model}"), real.test.shape, len(real.test.classes))
+    judgement = Judgement(params, samples, real, reference, FOLDER)
     with stage_run(f"evaluate_{model}", params):
         measured = judgement.measure(model, device(), autocast(device(), params.precision))
         if measured is None:  # not the first process

@@ -5,6 +5,7 @@ It runs before any training, so that whatever the evaluation lacks is reported h
 
 from pathlib import Path
 
+from rediffuse.evaluation.record import RealImages
 from rediffuse.evaluation.reference import Reference
 from rediffuse.images.image_set import load_images, load_manifest
 from rediffuse.params import load_params
@@ -22,7 +23,8 @@ METRICS, RECORD = Path("metrics/reference.json"), Path("metrics/evaluation/refer
 def main() -> None:
     params = load_params()
     make_deterministic()
-    reference = Reference(params, *(load_images(IMAGES, split) for split in ("train", "validation", "test")))
+    real = RealImages(*(load_images(IMAGES, split) for split in ("train", "validation", "test")))
+    reference = Reference(params, real)
     with stage_run("reference", params):
         on, manifest = device(), load_manifest(IMAGES)
         measured = reference.measure(FOLDER, manifest, on, autocast(on, params.precision))

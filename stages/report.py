@@ -42,7 +42,7 @@ def main() -> None:
         draw_vae(load_model(VAE, MODELS / "vae", device()), test, REPORT / "vae")
         denoiser = load_model(Denoiser, MODELS / "ddpm", device())
         space = load_space(MODELS / "ddpm", denoiser.shape, device())
-        images, _ = on_device(validation)
+        images, _ = on_device(validation if len(validation) else train)
         draw_noising(denoiser.schedule, space, images, seed=params.seed, folder=REPORT / "ddpm")
         draw_denoising(denoiser, space, records["ddpm"]["sampling"], params.precision, REPORT / "ddpm")
 

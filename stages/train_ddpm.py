@@ -64,8 +64,9 @@ def main() -> None:
                 # With latents, the model keeps their VAE, so that it draws images by itself.
                 copy_folder(folder / VAE_FOLDER, MODEL / VAE_FOLDER)
                 parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-                last = curves.validation[-1]["validation_eps_mse"]  # its quarters are in the curves
-                write_json(METRICS, {"validation": {"eps_mse": last}, "parameters": parameters})
+                last = curves.validation[-1:]  # its quarters are in the curves
+                measured = [{"validation": {"eps_mse": row["validation_eps_mse"]}} for row in last]
+                write_json(METRICS, {**dict(*measured), "parameters": parameters})
                 write_curves(PLOTS, curves)
 
 

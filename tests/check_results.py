@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 every_stage = pytest.mark.parametrize("name", yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 README = (ROOT / "README.md").read_text()
 INSTRUMENT = "fashion-mnist-cnn-v1"
+IMAGENET = "efficientnet-lite0-112px"
 REMEDY = "run `make repro` and commit dvc.lock and metrics"
 PICTURES = [
     path for model in ("vae", "ddpm") for path in sorted((ROOT / "docs/images").glob(f"{model}-*.png"))
@@ -82,20 +83,16 @@ def shown(spread, digits):
 def test_scores_are_those_of_the_committed_run():
     reference, vae, ddpm = records()
     places = [record["instruments"][INSTRUMENT] for record in (reference, vae, ddpm)]
-    scores = [places[0]["rows"]["train"], places[1]["scores"], places[2]["scores"]]
-    [random_conv] = [id for id in reference["instruments"] if id.startswith("random-conv-v1-")]
-    others = [record["instruments"][random_conv] for record in (reference, vae, ddpm)]
-    distances = {
-        INSTRUMENT: [score["fd"] for score in scores],
-        "random-conv-v1": [
-            others[0]["rows"]["train"]["fd"],
-            *(other["scores"]["fd"] for other in others[1:]),
-        ],
-    }
-    for name, (floor, *models) in distances.items():
-        found = [shown(floor, 3), *(shown(fd, 2) for fd in models)]
+    scores = [places[0]["rows"]["real"], places[1]["scores"], places[2]["scores"]]
+    digits = {INSTRUMENT: (3, 2), IMAGENET: (1, 1), "random-conv-v1": (3, 2)}
+    for id in reference["instruments"]:
+        [name] = [name for name in digits if id.startswith(name)]
+        floor = reference["instruments"][id]["rows"]["real"]["fd"]
+        models = [record["instruments"][id]["scores"]["fd"] for record in (vae, ddpm)]
+        found = [shown(floor, digits[name][0]), *(shown(fd, digits[name][1]) for fd in models)]
         assert cells(f"Fréchet distance, `{name}`") == found
-    assert cells("its place between") == ["0", *(f"{place['position']['mean']:.3f}" for place in places[1:])]
+    ratios = [metrics(model)["ratio_to_real"] for model in ("vae", "ddpm")]
+    assert cells("**times as far as real images**") == ["1", *(f"**{ratio:.2f}**" for ratio in ratios)]
     assert cells("KID") == [shown(score["kid"], 4) for score in scores]
     assert cells("inception score") == [shown(score["is"], 2) for score in scores]
     for name in ("precision", "recall", "density", "coverage"):
@@ -113,7 +110,7 @@ def test_floor_and_memorisation_of_the_documentation_are_those_of_the_committed_
     ids = list(reference["instruments"])
     rows = [reference["instruments"][id]["rows"] for id in ids]
     assert cells("images", text) == [f"`{id}`" for id in ids]
-    assert cells("real training images (the floor)", text) == [shown(row["train"]["fd"], 3) for row in rows]
+    assert cells("real training images (the floor)", text) == [shown(row["real"]["fd"], 3) for row in rows]
     assert cells("uniform noise", text) == [f"{row['noise']['fd']:,.1f}" for row in rows]
     assert cells("the mean image", text) == [f"{row['mean_image']['fd']:,.1f}" for row in rows]
     real = reference["memorisation"]
@@ -127,6 +124,7 @@ def test_likelihoods_are_those_of_the_committed_run():
     vae = metrics("train_vae")
     test = vae["test"]
     assert cells("negative ELBO") == [f"{test['elbo']:.1f} = {test['reconstruction']:.1f} + {test['kl']:.1f}"]
+    assert cells("floor of the likelihood") == [f"{test['floor']:.2f}"]
     assert cells("bound with 100") == [f"{vae['iwae_100']:.1f}"]
     assert cells("active latent") == [str(vae["active_units"])]
 

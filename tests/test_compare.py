@@ -179,7 +179,7 @@ def test_parameters_that_differ_are_named_if_they_can_affect_the_model(
     first, unknown = Row("first", "origin", record(model), PARAMS), Row("old", "origin", record(model))
     verdict = compare([first, unknown, Row("other", "origin", record(model), PARAMS | changes)])
     assert verdict.different == {name: {"A": PARAMS[name], "C": changes[name]} for name in shown}
-    assert "the parameters of B cannot be read" in verdict.notes and not verdict.refusals
+    assert "the parameters of B are not known" in verdict.notes and not verdict.refusals
 
 
 # Units of spread
@@ -300,7 +300,7 @@ def test_each_model_that_all_have_gets_its_own_table_and_the_changed_parameters(
     assert vae_["different"] == {} and found["different"] == {"ddpm.T": {"A": 500, "B": 1000}}
     assert found["rows"]["B"]["instruments"] == {CNN: "ab" * 32, CONV: "cd" * 32}
     (root / "params.yaml").write_text("{")
-    assert "the parameters of B cannot be read" in run("HEAD", "workspace").stdout
+    assert "the parameters of B are not known" in run("HEAD", "workspace").stdout
 
 
 def test_workspace_is_what_lies_there_and_a_revision_what_was_committed(root: Path) -> None:
@@ -416,7 +416,7 @@ def test_mlflow_row_is_found_by_name_and_by_id_with_its_parameters(in_store: Pat
     (found,) = shown("HEAD:ddpm", "tidy-ox", "it's-ours:ddpm")
     id = found["rows"]["B"]["origin"].removeprefix("MLflow run ")
     assert found["different"] == {"ddpm.T": {"A": 500, "B": 1000}}
-    assert found["notes"] == ["the parameters of C cannot be read"]
+    assert found["notes"] == ["the parameters of C are not known"]
     assert fd_of("HEAD:ddpm", "tidy-ox", id, "it's-ours") == [[1.8, 2.5, 2.5, 3.5]]
     said = fails("HEAD", "twice")
     listed = [each.split(",")[0].strip() for each in said.splitlines()[1:]]

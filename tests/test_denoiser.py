@@ -152,6 +152,19 @@ def test_guidance_is_linear_from_the_unconditional_to_the_conditional_model_and_
     assert torch.equal(guided_x_0(3.0, None), guided_x_0(1, None))
 
 
+def test_guidance_is_for_an_interval_of_t():
+    denoiser, seen = make(predict="x0"), []  # T = 100
+    denoiser.unet.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    guide = guided(denoiser, 3.0, (0.1, 0.5))
+    for t, rows in ((9, 2), (10, 4), (50, 4), (51, 2)):
+        x_t, labels = noisy(2), at(0, 1)
+        found = guide(x_t, at(t, t), labels)
+        assert seen.pop() == rows
+        everywhere, never = (guided(denoiser, scale)(x_t, at(t, t), labels) for scale in (3.0, 1.0))
+        assert torch.equal(found, everywhere if rows == 4 else never) and not torch.equal(everywhere, never)
+        seen.clear()
+
+
 # The task
 
 

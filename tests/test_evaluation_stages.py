@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
+from PIL import Image
 
+from rediffuse.cli import main
+from rediffuse.commands.judge import judge as judge_command
+from rediffuse.commands.rows import find_row
 from rediffuse.evaluation import instruments, shared
-from rediffuse.evaluation.fidelity import spread
+from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import Instrument
-from rediffuse.evaluation.judgement import position
 from rediffuse.evaluation.record import real_sets
 from rediffuse.evaluation.shipped import load_shipped
 from rediffuse.images.image_set import ImageSet, save_images
+from rediffuse.images.pixels import ROUNDING
 from rediffuse.images.sample_sets import Samples, save_samples
 from rediffuse.params import DIMENSIONS
 from rediffuse.runtime.errors import UserError
@@ -48,12 +53,12 @@ def draw(model: str, labelled: bool, n: int = N) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for seed in (1, 2):
         save_samples(folder / str(seed), Samples(pictures(n, 10 * seed), labels))
-    (folder / "sampling.json").write_text(json.dumps({"n": n, "seeds": [1, 2], "rounding": "nearest"}))
+    (folder / "sampling.json").write_text(json.dumps({"n": n, "seeds": [1, 2], "rounding": ROUNDING}))
 
 
-def choose(instruments: list[str], accuracy_images: int = 256, **changes: int) -> None:
+def choose(instruments: list[str], accuracy_images: int = 256, split: str = "test", **changes: int) -> None:
     params = yaml.safe_load((ROOT / "recipes/fashion-mnist-cpu.yaml").read_text())
-    params["reference"]["instruments"] = instruments
+    params["reference"] = {"split": split, "instruments": instruments}
     params["sample"] |= {"n": N, "seeds": [1, 2]} | changes
     params["evaluate"] |= {"is_splits": 2, "kid_subsets": 5, "kid_subset_size": 100}
     params["evaluate"]["accuracy_images"] = accuracy_images
@@ -111,9 +116,14 @@ def test_the_records_and_headlines_of_a_run_and_the_same_bytes_each_time(pipelin
     assert shown[CNN]["fd"] == fd["mean"] == pytest.approx(sum(fd["values"]) / 2)
     assert shown[CNN]["fd_std"] == fd["std"] > 0
     assert shown["accuracy_score"] == ddpm["accuracy_score"]["mean"] and shown["n"] == N
-    assert set(shown) - set(floor) == {"label_accuracy"} and set(shown[CNN]) - set(floor[CNN]) == {"position"}
+    assert set(shown) - set(floor) == {"label_accuracy", "ratio_to_real"}
+    assert set(shown[CNN]) - set(floor[CNN]) == {"ratio_to_real"}
+    assert (
+        shown["ratio_to_real"] == pytest.approx(fd["mean"] / floor[CNN]["fd"]) == shown[CNN]["ratio_to_real"]
+    )
     [other] = [id for id in shown if id.startswith("random-conv-v1-")]
-    assert set(shown[other]) == {"fd", "fd_std"}
+    assert set(shown[other]) == {"fd", "ratio_to_real", "fd_std"}
+    assert set(ddpm["instruments"][other]["scores"]) == {"fd", "fd_inf"}  # the first instrument gives all
     # Classes are those asked for, or else those seen.
     assert [part["classes"]["by"] for part in parts.values()] == ["predicted", "label"]
     asked, seen = parts["ddpm"]["classes"]["fd"], parts["vae"]["classes"]["fd"]
@@ -121,6 +131,25 @@ def test_the_records_and_headlines_of_a_run_and_the_same_bytes_each_time(pipelin
     assert sum(row["n"] for row in seen.values()) == 2 * N
     assert "label_accuracy" not in vae and "accuracy_score" not in vae
     assert "reconstructions" in parts["vae"] and "reconstructions" not in parts["ddpm"]
+
+
+def test_training_images_can_be_those_that_are_compared_with(pipeline, monkeypatch):
+    """As published FIDs of CIFAR-10 have it.  The floor are then test images, if they are enough."""
+    prepare(n=400)
+    for name, empty in (("images", pictures(0, 1)), ("labels", np.zeros(0, np.int64))):
+        np.save(f"data/pixels/validation/{name}.npy", empty)  # data.validation: 0
+    np.save("data/pixels/test/images.npy", pictures(300, 2))
+    np.save("data/pixels/test/labels.npy", np.arange(300) % 10)
+    for n, ratio in ((N, True), (400, False)):
+        choose([CNN, "random-conv-v1"], accuracy_images=0, split="train", n=n)
+        draw("ddpm", labelled=True, n=n)
+        reference.main()
+        record, floor = judge(monkeypatch, "ddpm"), read("metrics/evaluation/reference.json")
+        assert floor["reference"]["split"] == "train" and floor["reference"]["n"] == 400
+        part, network = record["instruments"][CNN], instruments.open_instrument(Path("data/reference", CNN))
+        real, drawn = network.measure(pictures(400, 0)), network.measure(pictures(n, 10))
+        assert part["scores"]["fd"]["values"][0] == pytest.approx(frechet_distance(drawn, real))
+        assert ("ratio_to_real" in part) == ratio
 
 
 def test_an_unlabelled_set_is_judged_by_what_needs_no_labels(pipeline, monkeypatch):
@@ -208,7 +237,7 @@ def test_samples_that_cannot_be_judged_stop_before_the_work(pipeline, monkeypatc
     with pytest.raises(UserError, match=r"damaged.*`dvc repro -f reference`"):
         judge(monkeypatch, "vae")
     draw("vae", labelled=False, n=200)
-    with pytest.raises(UserError, match="got 2 sets of 200 and 2 of 150: run `dvc repro`"):
+    with pytest.raises(UserError, match="got 200 and 150: run `dvc repro`"):
         judge(monkeypatch, "vae")
 
 
@@ -223,8 +252,48 @@ def test_real_sets_are_disjoint_while_the_images_last():
     assert all(np.array_equal(one, other) for one, other in zip(sets, real_sets(30, 100, 3), strict=True))
 
 
-def test_position_is_0_at_the_floor_and_1_at_the_ceiling():
-    rows = {"train": {"fd": {"mean": 2.0}}, "noise": {"fd": 12.0}}
-    found = position(spread([2.0, 12.0, 7.0, 1.0]), rows, "fd")
-    assert found["position"]["values"] == [0, 1, 0.5, -0.1]
-    assert (found["floor"], found["ceiling"]) == (2, 12)
+# Images of another tool
+
+
+def test_images_of_another_tool_are_judged_as_those_of_a_model(pipeline, monkeypatch):
+    monkeypatch.delenv("REDIFFUSE_TRACKING")
+    Path(".dvc").mkdir()
+    images = pictures(2 * N + 7, 10)
+    reference.main()
+    np.save("mine.npy", images[:, 0, :, :, None])  # channels last, as most tools have it
+    Path("mine").mkdir()
+    for i, image in enumerate(images[:N]):
+        Image.fromarray(image[0]).convert("RGB").save(f"mine/{i:03}.png")
+    for source, sets in (("mine.npy", [images[:N], images[N : 2 * N]]), ("mine", [images[:N]])):
+        done = CliRunner().invoke(main, ["judge", source, "--name", "gan"])
+        assert done.exit_code == 0, done.output
+        record = read("metrics/judged/gan/evaluation/ddpm.json")
+        network = instruments.open_instrument(Path("data/reference", CNN))
+        real = network.measure(pictures(320, 2))
+        expected = [frechet_distance(network.measure(part), real) for part in sets]
+        assert record["instruments"][CNN]["scores"]["fd"]["values"] == pytest.approx(expected)
+        assert json.loads(done.stdout) == read("metrics/judged/gan/ddpm.json")
+    judge(monkeypatch, "ddpm")
+    compared = CliRunner().invoke(main, ["compare", "workspace", "gan", "--json"])
+    assert compared.exit_code == 0 and CNN in compared.output, compared.output
+    client, row = find_row("gan")  # the second attempt; the first is folded below it
+    assert row.data.tags["rediffuse.attempt"] == "2" and row.info.status == "FINISHED"
+    assert row.data.metrics[f"ddpm/{CNN}/fd"] == record["instruments"][CNN]["scores"]["fd"]["mean"]
+    assert any("ddpm~samples" in file.path for file in client.list_artifacts(row.info.run_id, "images"))
+    for array, words in (
+        (images[: N - 1], "holds 149 images"),
+        (images.astype(np.float32) / 127.5 - 1, r"float32, not uint8.*\(x \+ 1\) \* 127.5"),
+        (np.repeat(images, 3, axis=1), r"\[307, 3, 28, 28\], and images of data.set are \[N, 1, 28, 28\]"),
+        (images[:, :, ::2, ::2], r"\[307, 1, 14, 14\].*in this size"),
+    ):
+        np.save("mine.npy", array)
+        with pytest.raises(UserError, match=words):
+            judge_command("mine.npy", name="gan", model="ddpm")
+    Image.new("RGB", (28, 28), "red").save("mine/red.png")
+    Image.new("L", (32, 28)).save("mine/wide.png")
+    with pytest.raises(UserError, match=r"(?s)red.png: it is in colour.*wide.png: it has 32 x 28 pixels"):
+        judge_command("mine", name="gan", model="ddpm")
+    with pytest.raises(UserError, match="--name must be a name for a folder"):
+        judge_command("mine", name="../gan", model="ddpm")
+    with pytest.raises(UserError, match="must be a folder of images or a"):
+        judge_command("nothing", name="gan", model="ddpm")

@@ -153,9 +153,9 @@ def records(path: str = "record.model", value: Any = "ddpm", distance: str = "fd
         "classes": {"by": "label", distance: {"boot": {distance: 3.0, "n": 700}, "shirt": {"n": 12}}},
     }
     rows = {
-        "train": {distance: several(0.07, 0.08), "is": several(8.4, 8.5), **shares()},
-        "test": {"is": several(8.3)},
-        "test_halves": {distance: 0.06, "n": 5000},
+        "real": {distance: several(0.07, 0.08), "is": several(8.4, 8.5), **shares()},
+        "same": {"is": several(8.3)},
+        "halves": {distance: 0.06, "n": 5000},
         **{row: {distance: 50.0} for row in ("mean_image", "pixel_marginals", "noise")},
     }
     real = {"rows": rows, "classes": {"label": {"boot": {distance: 0.2, "n": 700}, "shirt": {"n": 9}}}}
@@ -182,7 +182,7 @@ SCORES = {
     "cnn.scores.is": OTHER,
     "cnn.scores.recall.min": 0.5,
     "real.rows.noise.fd": 30.0,
-    "real.rows.train.fd": OTHER,
+    "real.rows.real.fd": OTHER,
 }
 CLASSES = {
     "record.model": "vae",

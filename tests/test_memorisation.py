@@ -185,9 +185,9 @@ def correlations(images: np.ndarray) -> np.ndarray:
 
 def test_the_mean_image_is_rounded_to_the_nearest_level():
     train = np.array([[0, 1, 255, 3], [0, 2, 255, 3], [1, 2, 255, 3], [1, 2, 255, 4]], np.uint8)
-    found = mean_image(train.reshape(4, 1, 2, 2), 3)
-    assert found.reshape(3, 4).tolist() == [[1, 2, 255, 3]] * 3  # of 0.5, 1.75, 255, 3.25
-    assert found.shape == (3, 1, 2, 2) and found.dtype == np.uint8
+    found = mean_image(train.reshape(4, 1, 2, 2))
+    assert found.ravel().tolist() == [1, 2, 255, 3]  # of 0.5, 1.75, 255, 3.25
+    assert found.shape == (1, 1, 2, 2) and found.dtype == np.uint8
 
 
 def test_marginals_have_the_histogram_of_each_pixel_and_nothing_else():
@@ -205,6 +205,6 @@ def test_order_blocks_and_random_state_change_no_anchor(monkeypatch):
     train, written = correlated(), []
     for seed, images in enumerate((train, train[::-1])):
         np.random.seed(seed)
-        written.append([mean_image(images, 3), pixel_marginals(images, 30), uniform_noise((1, 2, 2), 50)])
+        written.append([mean_image(images), pixel_marginals(images, 30), uniform_noise((1, 2, 2), 50)])
         monkeypatch.setattr(anchors, "BYTES", 7 * train[0].size)
     assert all((one == other).all() for one, other in zip(*written, strict=True))

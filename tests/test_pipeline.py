@@ -31,6 +31,7 @@ TINY = {
     "vae": {"channels": [8, 16], "hidden": 32, "kl_warmup": 500},
     "ddpm": {"width": 8, "T": 50},
     "data": {"validation": 200},
+    "reference": {"instruments": [INSTRUMENT, "random-conv-v1"]},
     "sample": {"n": N, "seeds": [1, 2]},
     "evaluate": {"kid_subsets": 10, "kid_subset_size": 64, "accuracy_images": 500},
 }
@@ -166,7 +167,7 @@ def test_full_records_say_what_a_comparison_must_know(checkout):
     assert (sampling["sampler"], sampling["steps"]) == ("sde-dpm-solver++", 5) and sampling["ema_half_life"]
     assert {"accuracy_score", "label_accuracy"} <= set(ddpm)
     for part in reference["instruments"].values():
-        floor = part["rows"]["train"]["fd"]["mean"]
+        floor = part["rows"]["real"]["fd"]["mean"]
         assert all(floor < part["rows"][name]["fd"] for name in ("pixel_marginals", "noise", "mean_image"))
     # The training set posing as a generator has a perfect distance, and is caught.
     posing = reference["memorisation"]["train"]
@@ -193,7 +194,7 @@ def test_models_can_be_ranked_by_the_primary_metric(checkout):
     client, (row, *_) = rows(checkout)
     experiment = client.get_experiment_by_name("rediffuse")
     name = experiment.tags["mlflow.experiment.primaryMetric.name"]
-    assert name == f"ddpm/{INSTRUMENT}/fd"
+    assert name == "ddpm/ratio_to_real"
     models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
     (metric,) = [metric for metric in models["ddpm"].metrics if metric.key == name]
     (entry,) = row.inputs.dataset_inputs

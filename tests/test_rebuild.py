@@ -324,10 +324,10 @@ def test_spread_is_found_where_the_record_has_it() -> None:
     rows = records["reference"]["instruments"]["fashion-mnist-cnn-v1"]["rows"]
     expected = {
         "ddpm/fashion-mnist-cnn-v1/kid": scores["scores"]["kid"]["std"],
-        "ddpm/fashion-mnist-cnn-v1/position": scores["position"]["std"],
+        "ddpm/fashion-mnist-cnn-v1/ratio_to_real": scores["ratio_to_real"]["std"],
         "ddpm/label_accuracy": records["ddpm"]["label_accuracy"]["std"],
         "ddpm/authentic": records["ddpm"]["memorisation"]["authentic"]["std"],
-        "reference/fashion-mnist-cnn-v1/fd": rows["train"]["fd"]["std"],
+        "reference/fashion-mnist-cnn-v1/fd": rows["real"]["fd"]["std"],
     }
     without = ("ddpm/n", "ddpm/fashion-mnist-cnn-v1/fd_std", "train_vae/elbo", "ddpm/nobody/fd")
     found = {name: spread_of(records, name) for name in (*expected, *without)}

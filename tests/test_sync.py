@@ -319,6 +319,9 @@ def test_page_and_primary_metric_follow_the_instruments_of_the_rows(
         client.log_metric(row, f"vae/folder-cnn-v{number}/fid", 2.0)
     shown, tags = charts(client, experiment)
     assert shown[2:] == [f"vae/folder-cnn-v{number}/fid" for number in range(MOST - 1)]
+    client.log_metric(row, "ddpm/ratio_to_real", 3.0)
+    shown, tags = charts(client, experiment)
+    assert shown[:2] == ["ddpm/ratio_to_real", "ddpm/mnist-cnn-v1/fd"] and tags[PRIMARY] == shown[0]
     saved = json.dumps(json.loads(tags[TAG]) | {"updatedAt": 1})  # as MLflow's pages save it
     client.set_experiment_tag(experiment, TAG, saved)
     client.set_experiment_tag(experiment, PRIMARY, "ddpm/mnist-cnn-v1/recall")

@@ -30,7 +30,7 @@ from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.kinds import Kind
 from rediffuse.runtime.weights import Rebuildable
 from rediffuse.training.checkpoint import Checkpoint, fingerprint, resumable
-from rediffuse.training.curves import Curves
+from rediffuse.training.curves import Curves, write_curves
 from rediffuse.training.loop import Trainer
 from stages import train_ddpm
 
@@ -78,7 +78,7 @@ class Step:
         self.images += images[:, 0, 0, 0].tolist()
         self.seen.append(seen)
         if self.trainer:
-            self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
             self.weights.append(model.linear.weight.detach().double())
         losses = (model(images) - noise["target"]).square().mean(1)
         return losses.mean(), {"loss": torch.stack([losses.detach().sum(), losses.new_tensor(len(images))])}
@@ -120,7 +120,13 @@ class Log:
 def training(**changes: Any) -> Training:
     defaults: dict[str, Any] = {"images": 60, "batch": 4, "clip_norm": 1.0, "ema_half_life": 10}
     defaults |= {"lr": 0.01, "lr_warmup": 8, "lr_decay": "cosine", "weight_decay": 0.1}
-    defaults |= {"log_every": 7, "validate_every": 16, "checkpoint_every": 12}
+    defaults |= {
+        "optimizer": "adamw",
+        "muon_lr": 0.02,
+        "log_every": 7,
+        "validate_every": 16,
+        "checkpoint_every": 12,
+    }
     return Training(**(defaults | changes))
 
 
@@ -182,18 +188,42 @@ def assert_same(found: Found, expected: Found) -> None:
 # Exact resume
 
 
-@pytest.mark.parametrize("kills", [[2], [3], [10], [4, 4, 2, 5]])
-def test_resume_is_bit_exact_wherever_the_run_was_killed(tmp_path, kills):
-    expected = run(tmp_path / "undisturbed")
+@pytest.mark.parametrize(
+    ("kills", "optimizer"), [([2], "adamw"), ([3], "adamw"), ([10], "muon"), ([4, 4, 2, 5], "muon")]
+)
+def test_resume_is_bit_exact_wherever_the_run_was_killed(tmp_path, kills, optimizer):
+    expected = run(tmp_path / "undisturbed", optimizer=optimizer)
     for at in kills:
         with pytest.raises(Killed):
-            run(tmp_path / "killed", Step(killed_after=at))
+            run(tmp_path / "killed", Step(killed_after=at), optimizer=optimizer)
     resumed, again = Step(), Step()
-    assert_same(run(tmp_path / "killed", resumed), expected)
+    assert_same(run(tmp_path / "killed", resumed, optimizer=optimizer), expected)
     if len(kills) == 1:  # it went on from the last checkpoint: one each 12 images, 3 steps
         assert len(resumed.seen) == 15 - kills[0] // 3 * 3
-    assert_same(run(tmp_path / "killed", again), expected)
+    assert_same(run(tmp_path / "killed", again, optimizer=optimizer), expected)
     assert again.seen == []  # a finished run is not trained again
+
+
+def test_each_optimizer_trains_its_own_parameters_once(tmp_path):
+    trainer = make_trainer(optimizer="muon", lr=0.03, muon_lr=0.5)
+    adamw, muon = (
+        [id(p) for group in each.param_groups for p in group["params"]] for each in trainer.optimizers
+    )
+    net = trainer.model
+    assert muon == [id(net.linear.weight)] and sorted(adamw + muon) == sorted(map(id, net.parameters()))
+    assert [each.defaults["lr"] for each in trainer.optimizers] == [0.03, 0.5]
+    assert len(make_trainer().optimizers) == 1
+    weights = run(tmp_path / "muon", optimizer="muon")[0]["model.linear.weight"]
+    assert not torch.equal(weights, run(tmp_path / "adamw")[0]["model.linear.weight"])
+
+
+def test_without_held_out_images_nothing_is_validated_and_training_is_the_same(tmp_path):
+    none = numbered(3)[:0], None
+    found, expected = run(tmp_path / "none", held_out=none), run(tmp_path / "some")
+    assert found[1].validation == [] and found[1].training == expected[1].training
+    assert all(torch.equal(found[0][key], expected[0][key]) for key in expected[0])
+    write_curves(tmp_path, found[1])
+    assert (tmp_path / "validation.csv").read_text() == "images\n"
 
 
 def test_random_numbers_drawn_by_others_change_nothing(tmp_path):
@@ -251,7 +281,7 @@ def test_gradients_are_clipped(tmp_path):
         gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
         norms.append(torch.cat(gradients).norm().item())
 
-    trainer.optimizer.register_step_pre_hook(note)
+    trainer.optimizers[0].register_step_pre_hook(note)
     trainer.train(Checkpoint(tmp_path / "run.pt"))
     assert max(norms) == pytest.approx(1e-3, rel=1e-2)
 

@@ -29,6 +29,7 @@ from rediffuse.vae.objective import (
     active_units,
     bits_per_dim,
     elbo,
+    entropy_floor,
     importance_weighted_bound,
     negative_log_likelihood,
     training_loss,
@@ -200,6 +201,14 @@ def test_active_units_are_those_whose_mean_varies_by_more_than_a_hundredth():
     assert active_units(means) == 2
 
 
+def test_the_floor_of_the_elbo_is_the_entropy_of_the_pixels():
+    x = torch.tensor([[0.0, 1.0, 0.5, 0.25]]).view(1, 1, 2, 2)
+    assert entropy_floor(x).item() == pytest.approx(3 * math.log(2) - 0.75 * math.log(3))
+    perfect = x.clamp(1e-6, 1 - 1e-6).logit()  # of a decoder that gives back every grey value
+    cost = torch.nn.functional.binary_cross_entropy_with_logits(perfect, x, reduction="sum")
+    assert entropy_floor(x).item() == pytest.approx(cost.item(), abs=1e-4)
+
+
 def test_bits_per_dim_are_those_of_the_probabilities_of_grey_levels():
     assert bits_per_dim(make_vae((3, 8, 8)), 192 * math.log(2)) == pytest.approx(1)
     vae, sigma = make_vae((1, 1, 1), likelihood="gaussian"), 0.05
@@ -216,7 +225,9 @@ def test_final_measures_hold_every_number_of_the_report(likelihood):
     vae, labels = make_vae(likelihood=likelihood, scale=2, class_names=("a", "b", "c")), torch.arange(80) % 3
     test = grey(100)[80:], labels[:20]
     report = final_measures(vae, (grey(80), labels), test, seed=1)
-    assert report["test"].keys() == {"elbo", "reconstruction", "kl", "bits_per_dim"}
+    floor = ["floor"] if likelihood == "bernoulli" else []
+    assert list(report["test"]) == ["elbo", "reconstruction", "kl", "bits_per_dim", *floor]
+    assert report["test"].get("floor", 0) < report["test"]["reconstruction"]
     assert report["train"] == {"elbo": measure(vae, grey(80)[:20], test[1], seed=1)["elbo"]}
     assert report["test"]["elbo"] == measure(vae, *test, seed=1)["elbo"] > report["iwae_100"]
     assert report["active_units"] == active_units(posterior_means(vae, *test))

@@ -35,6 +35,8 @@ def write_params(root: Path, changes: Mapping[str, Any]) -> Params:
         "ddpm.attention": 0,
         "sample.seeds": [3],
         "sample.n": 1000,
+        "reference.instruments": ["fashion-mnist-cnn-v1", "random-conv-v1"],
+        "sample.ddpm.guidance_scale": 1.0,
         "sample.ddpm.steps": 3,
         "sample.vae.components": 3,
     }

@@ -104,6 +104,30 @@ LABEL = click.option("--label", metavar="CLASS", help=CLASS)
 STEPS = click.option("--steps", type=int, help="Of DDIM, to noise and back; at most T.  [default: 100]")
 
 
+@main.command()
+@click.argument("source", metavar="FOLDER|FILE.npy")
+@click.option("--name", default="judged", show_default=True, help="Of the record and the row.")
+@OWN_MODEL
+def judge(source: str, name: str, model: str) -> None:
+    """Judge images that any other tool has drawn, as the images of the model are judged.
+
+    Takes a folder of images, or uint8 numbers that numpy.save wrote, of the size of data.set, at least
+    sample.n of them.  Uses the instruments and real images of the stage `reference`.  Writes the record below
+    metrics/judged/NAME, which `rediffuse compare workspace NAME` finds, and a row of MLflow, in which the
+    scores are those of MODEL, so that they stand beside its.
+
+    \b
+    Examples:
+      rediffuse judge samples/ --name gan
+      rediffuse judge samples.npy --name gan && rediffuse compare workspace gan
+    """
+    from rediffuse.commands.judge import judge as measure
+
+    folder, headline = measure(source, name=name, model=model)
+    click.echo(json.dumps(headline, indent=2))
+    click.echo(f"{folder}; compare it with `rediffuse compare workspace:{model} {name}`", err=True)
+
+
 def _number(default: int, help: str) -> Callable[..., Any]:
     return click.option("-n", "--number", "n", type=int, default=default, show_default=True, help=help)
 
@@ -117,6 +141,7 @@ def _number(default: int, help: str) -> Callable[..., Any]:
 @click.option("--sampler", type=SAMPLER, help="Of the DDPM.")
 @click.option("--steps", type=int, help="Of the DDPM's sampler, at most its T.")
 @click.option("--guidance-scale", type=float, help="Of the DDPM; 1: as trained.")
+@click.option("--guidance-interval", type=float, nargs=2, help="Shares of T between which it is used.")
 def generate(output: str, model: str, **options: Any) -> None:
     """Draw images: OUTPUT.png is one grid, OUTPUT.npz holds arrays, any other name is a new folder of PNGs.
 

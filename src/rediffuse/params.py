@@ -54,7 +54,7 @@ class Data(Group):
     """What the models learn from."""
 
     set: Literal["fashion-mnist", "mnist", "cifar10", "folder"]
-    validation: int = Field(ge=1, le=30_000)
+    validation: int = Field(ge=0, le=30_000)
     path: str
     size: int = Field(ge=0, le=SIDES[1])
     channels: Literal["auto", 1, 3]
@@ -74,8 +74,12 @@ class Data(Group):
 
 
 class Reference(Group):
-    """The instruments that turn images into features; the first gives the headline numbers."""
+    """The real images of the distances, and the instruments that turn images into features.
 
+    The first instrument gives all scores, the others give distances.
+    """
+
+    split: Literal["test", "train"]
     instruments: list[Instrument]
 
 
@@ -84,7 +88,9 @@ class Training(Group):
 
     images: int = Field(ge=1)
     batch: int = Field(ge=1, le=65_536)
+    optimizer: Literal["adamw", "muon"]
     lr: Float = Field(gt=0, le=1)
+    muon_lr: Float = Field(gt=0, le=1)
     lr_warmup: int = Field(ge=0)
     lr_decay: Literal["cosine", "constant"]
     weight_decay: Float = Field(ge=0, le=1)
@@ -150,9 +156,16 @@ class SampleDDPM(Group):
     spacing: Literal["even", "karras"]
     eta: Float = Field(ge=0, le=1)
     guidance_scale: Float = Field(ge=0, le=100)
+    guidance_interval: list[Annotated[Float, Field(ge=0, le=1)]] = Field(min_length=2, max_length=2)
 
     @model_validator(mode="after")
     def _possible(self) -> SampleDDPM:
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(
+                f"guidance_interval ([{low}, {high}]) must rise: guidance_scale is used from the smaller to"
+                " the larger share of T; [0, 1] is all t"
+            )
         if self.eta and self.sampler != "ddim":
             raise ValueError(f"eta ({self.eta}) is for the sampler ddim; with {self.sampler} it must be 0")
         return self
@@ -212,7 +225,7 @@ class Params(Group):
         if (scale := self.sample.ddpm.guidance_scale) != 1 and not (ddpm.conditional and ddpm.label_drop > 0):
             raise ValueError(
                 f"sample.ddpm.guidance_scale ({scale}) other than 1 needs a model trained with and without"
-                " labels: set ddpm.conditional to true and ddpm.label_drop above 0"
+                " labels: set it to 1, or ddpm.conditional to true and ddpm.label_drop above 0"
             )
         named = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
         for name, values in named:

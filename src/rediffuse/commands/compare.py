@@ -27,11 +27,11 @@ WITHIN = 2.0  # units of spread: other sampling seeds alone could have made a sm
 COMMON = ["sampling.n", "sampling.rounding", "reference.sha256", "reference.split", "reference.n"]
 NEEDED = ["model", "sampling.seeds", "settings.metric_seed", *COMMON]
 RULER = ["sha256", "layer", "dimension", "shape", "resize"]  # of an instrument
-SCALE = ["expected_bias", "floor", "ceiling"]  # of its Fréchet distance, at this N
+SCALE = ["expected_bias", "floor"]  # of its Fréchet distance, at this N
 
 # What is better; the metrics of the memorisation and the density, near 1 for real images, have no direction.
 BETTER = {
-    **dict.fromkeys(["fid", "fd", "fid_inf", "fd_inf", "kid"], "lower"),
+    **dict.fromkeys(["fid", "fd", "fid_inf", "fd_inf", "kid", "ratio_to_real"], "lower"),
     **dict.fromkeys(["is", "precision", "recall", "coverage", "accuracy_score", "label_accuracy"], "higher"),
 }
 FOOTNOTES = f"""\
@@ -151,7 +151,7 @@ def _describe(rows: Mapping[str, Row]) -> Comparison:
     same = {name: value for name, value in conditions["A"].items() if name not in different}
     refused = [name for name in different if name in COMMON or name.startswith("settings.")]
     refusals = [f"{name}: {_listed(different.pop(name))}" for name in refused]
-    notes = [f"the parameters of {label} cannot be read" for label, row in rows.items() if row.params is None]
+    notes = [f"the parameters of {label} are not known" for label, row in rows.items() if row.params is None]
     return Comparison(rows, same, different | _parameters(rows), refusals, notes)
 
 
@@ -186,7 +186,7 @@ def _parts(record: Record) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Sc
     judge = None
     for id, each in record["instruments"].items():
         ruler = {key: each["instrument"].get(key) for key in RULER}
-        found[id] = ruler, each.get("scores", {}) | {key: each.get(key) for key in SCALE}
+        found[id] = ruler, each.get("scores", {}) | {key: each.get(key) for key in ("ratio_to_real", *SCALE)}
         if judge is None and each["instrument"].get("accuracy") is not None:
             judge = f"{id} {ruler['sha256']}"  # the first instrument with an accuracy reads the labels
     copies = {f"memorisation.{key}": node for key, node in (record.get("memorisation") or {}).items()}

@@ -35,7 +35,8 @@ def generate(
     before drawing.
     """
     target = checked_target(output)
-    loaded = load(model, **{name: value for name, value in settings.items() if value is not None})
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    loaded = load(model, **{name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()})
     images, labels = loaded.draw(n, seed=seed, label=None if label is None else loaded.label(label))
     write_images(target, images, labels)
     return target
@@ -46,7 +47,8 @@ def load(model: str | Path = "ddpm", **settings: Any) -> ImageModel:
 
     model: vae or ddpm, of the checkout; REVISION:vae or REVISION:ddpm, of a commit or an experiment; a folder
     with a model; or an address of MLflow, models:/NAME@ALIAS or models:/NAME/VERSION.  settings: of sampling,
-    instead of those the model comes with: sampler, steps, spacing, eta, guidance_scale (see params.yaml).
+    instead of those the model comes with: sampler, steps, spacing, eta, guidance_scale,
+    guidance_interval (see params.yaml).
     Raises UserError if there is no such model, or the settings do not fit it.
     """
     from rediffuse.inference.model import load_image_model
@@ -71,6 +73,9 @@ def load(model: str | Path = "ddpm", **settings: Any) -> ImageModel:
         if settings and "sampler" not in own:
             option = next(iter(settings)).replace("_", "-")
             raise UserError(f"--{option} belongs to the ddpm; a VAE decodes in one step: leave it out")
+        if settings.get("guidance_scale", 1) != 1 and not read_config(folder)["class_names"]:
+            scale = settings["guidance_scale"]
+            raise UserError(f"--guidance-scale must be 1 for a model trained without labels, got {scale:g}")
         own |= settings
         if own.get("sampler", "ddim") != "ddim":
             own["eta"] = 0.0  # only ddim has an eta

@@ -3,9 +3,10 @@
 The first of these places that knows the name counts:
 
 1. `workspace`: the files of the checkout;
-2. a git revision: branch, tag, commit, HEAD~1 (git tracks the records, so nothing is fetched or checked out);
-3. a DVC experiment, as `dvc exp show` names it: git keeps it under refs/exps/<baseline>/<name>;
-4. an MLflow run, by its id or its name; of several attempts, the one that is not superseded.
+2. images judged by `rediffuse judge --name NAME`: metrics/judged/NAME;
+3. a git revision: branch, tag, commit, HEAD~1 (git tracks the records, so nothing is fetched or checked out);
+4. a DVC experiment, as `dvc exp show` names it: git keeps it under refs/exps/<baseline>/<name>;
+5. an MLflow run, by its id or its name; of several attempts, the one that is not superseded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rediffuse.commands.compare import Row
+from rediffuse.commands.judge import JUDGED
 from rediffuse.commands.rows import find_artifact, find_row
 from rediffuse.params import flatten
 from rediffuse.runtime.errors import UserError
@@ -60,10 +63,15 @@ def find_source(text: str) -> Source:
     """
     name, model = split_name(text)
     root, files = checkout_root(), dict[str, bytes | None]()
+    judged = root / JUDGED / name
     if name == "workspace":
         origin = "files of the checkout"
         files = {path: (root / path).read_bytes() for path in PATHS if (root / path).is_file()}
         params = _parameters(files.get("params.yaml"))
+    elif name and judged.is_dir():
+        origin, params = "judged images", {}
+        places = {path: judged / "evaluation" / Path(path).name for path in RECORDS.values()}
+        files = {path: place.read_bytes() for path, place in places.items() if place.is_file()}
     elif found := _find_commit(name):
         origin, commit = found
         files = {path: file_at(root, commit, path) for path in PATHS}

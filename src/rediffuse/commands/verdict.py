@@ -77,7 +77,7 @@ def spread_of(records: Mapping[str, Any], name: str) -> float | None:
     """Return the standard deviation of a metric such as ddpm/fashion-mnist-cnn-v1/fd, if recorded."""
     model, *keys = name.split("/")
     instrument, rest = ["instruments", *keys[:1]], keys[1:]
-    places = [[*instrument, "scores", *rest], [*instrument, *rest], [*instrument, "rows", "train", *rest]]
+    places = [[*instrument, "scores", *rest], [*instrument, *rest], [*instrument, "rows", "real", *rest]]
     for place in [*places, keys, ["memorisation", *keys]]:
         node = records.get(model)
         for key in [*place, "std"]:

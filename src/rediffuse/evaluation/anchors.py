@@ -1,6 +1,6 @@
 """Generators that learn almost nothing, as marks on the scale of a distance: a model must be far better.
 
-All return uint8 images (n, C, H, W), the same each time.
+All return uint8 images (N, C, H, W), the same each time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ LEVELS = 256
 BYTES = 2**23  # of uint8 pixels in one block of training images
 
 
-def mean_image(train: Images, n: int) -> Images:
-    """Return n times the mean of the training images (N, C, H, W), rounded to grey levels (halves up)."""
+def mean_image(train: Images) -> Images:
+    """Return the mean of the training images (N, C, H, W), rounded to grey levels (halves up): one image."""
     total = np.zeros(train.shape[1:], np.int64)
     for block in _blocks(train):
         total += block.sum(axis=0, dtype=np.int64)
     mean = (2 * total + len(train)) // (2 * len(train))
-    return np.repeat(mean.astype(np.uint8)[None], n, axis=0)
+    return mean.astype(np.uint8)[None]
 
 
 def pixel_marginals(train: Images, n: int) -> Images:

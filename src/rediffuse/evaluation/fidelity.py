@@ -38,8 +38,7 @@ Moments = dict[str, NDArray[np.float64]]  # mu (d,), sigma (d, d)
 def judge(generated: Features, real: Features, settings: Evaluate) -> dict[str, float]:
     """Return all scores of one set of generated images.
 
-    fd: Fréchet distance (Heusel et al. 2017). fd_inf: the same, extrapolated to infinitely many generated
-    images (Chong & Forsyth 2020). kid: unbiased squared MMD, cubic kernel (Binkowski et al. 2018), mean over
+    fd, fd_inf: see `distances`. kid: unbiased squared MMD, cubic kernel (Binkowski et al. 2018), mean over
     random subsets; around 0 for equal distributions. is: inception score (Salimans et al. 2016) over
     consecutive splits, 1 .. number of classes; absent without logits. precision, recall: share of generated
     images inside the k-nearest-neighbour balls of real ones, and the reverse (Kynkäänniemi et al. 2019).
@@ -49,13 +48,10 @@ def judge(generated: Features, real: Features, settings: Evaluate) -> dict[str, 
     Raises UserError for too few images (see `check_enough`), unequal dimensions, and features that are not
     finite.
     """
-    _check_pair(generated, real)
     check_enough(len(generated), generated.dimension, settings, "generated images")
     check_enough(len(real), real.dimension, settings, "real images")
-    moments = _moments(real.values)
-    fd = _frechet(_moments(generated.values), moments)
-    fd_inf = _frechet_at_infinity(generated.values, moments, fd)
-    scores = {"fd": fd, "fd_inf": fd_inf, "kid": _kid(generated.values, real.values, settings)}
+    scores = distances(generated, real)
+    scores["kid"] = _kid(generated.values, real.values, settings)
     if generated.logits is not None:
         scores["is"] = inception_score(generated.logits, settings.is_splits)
     n = min(len(generated), len(real))
@@ -65,11 +61,21 @@ def judge(generated: Features, real: Features, settings: Evaluate) -> dict[str, 
     return scores
 
 
-def frechet_distance(generated: Features, real: Features) -> float:
-    """Return the Fréchet distance alone, as in `judge`."""
+def distances(generated: Features, real: Features) -> dict[str, float]:
+    """Return the Fréchet distances of one set of generated images; raise UserError as `judge` does.
+
+    fd: Fréchet distance (Heusel et al. 2017). fd_inf: the same, extrapolated to infinitely many generated
+    images (Chong & Forsyth 2020).
+    """
     _check_pair(generated, real)
-    _check_dimension(len(generated), generated.dimension, "generated images")
-    _check_dimension(len(real), real.dimension, "real images")
+    moments = _moments(real.values)
+    fd = _frechet(_moments(generated.values), moments)
+    return {"fd": fd, "fd_inf": _frechet_at_infinity(generated.values, moments, fd)}
+
+
+def frechet_distance(generated: Features, real: Features) -> float:
+    """Return `fd` of `distances` alone."""
+    _check_pair(generated, real)
     return _frechet(_moments(generated.values), _moments(real.values))
 
 
@@ -159,6 +165,8 @@ def _check_pair(generated: Features, real: Features) -> None:
             f"features of {generated.dimension} and {real.dimension} dimensions cannot be compared:"
             " measure both image sets with the same instrument"
         )
+    _check_dimension(len(generated), generated.dimension, "generated images")
+    _check_dimension(len(real), real.dimension, "real images")
 
 
 def _moments(values: Tensor) -> Moments:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,68 @@ from torch import Tensor
 
 from rediffuse.evaluation.accuracy_score import classification_accuracy_score
 from rediffuse.evaluation.features import Features, concatenate
-from rediffuse.evaluation.fidelity import SEED, class_distances, expected_bias, judge, spread
+from rediffuse.evaluation.fidelity import (
+    SEED,
+    class_distances,
+    distances,
+    expected_bias,
+    frechet_distance,
+    judge,
+    spread,
+)
 from rediffuse.evaluation.instruments import Instrument
+from rediffuse.evaluation.shared import IMAGENET
 from rediffuse.images.image_set import ImageSet
 from rediffuse.images.sample_sets import Samples
 from rediffuse.params import Evaluate
 from rediffuse.runtime.errors import UserError
 
 SHOWN = 10  # images that look most like copies, in the record
-FEATURES = "features.safetensors"  # of the test images, in the folder of an instrument
+FEATURES = "features.safetensors"  # of the real images, in the folder of an instrument
 NEIGHBOURS = "test-neighbours.safetensors"  # of the test images, in the folder of the stage reference
-CEILING = "noise"  # the row of the reference at position 1; real training images are at 0
+FLOOR = "real"  # the row of the reference that real images of the other split give
+RATIO = "ratio_to_real"  # a distance as a multiple of FLOOR's: 1 is as good as real images
 
 Record = dict[str, Any]
 Classes = tuple[Tensor, Tensor]  # of the images of all sets, and of the real images; int64
 
 
 @dataclass(frozen=True)
+class RealImages:
+    """The splits of a set."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+
+    @cached_property
+    def learnt(self) -> ImageSet:
+        """The published training images: train and validation together."""
+        train, validation = self.train, self.validation
+        if not len(validation):
+            return train
+        images, labels = np.concatenate([train.images, validation.images]), None
+        if train.labels is not None and validation.labels is not None:
+            labels = np.concatenate([train.labels, validation.labels])
+        return ImageSet(images, labels, train.classes)
+
+    def compared(self, split: str) -> ImageSet:
+        """Return the images that generated ones are compared with (reference.split): test or all of train."""
+        return self.test if split == "test" else self.learnt
+
+
+@dataclass(frozen=True)
 class View:
-    """What one instrument sees in the test images, in several sets to be judged, and in others by name."""
+    """What one instrument sees in the real images, in several sets to be judged, and in others by name.
+
+    main: whether all scores are measured, which the first instrument gives; the others give distances.
+    """
 
     instrument: Instrument
     real: Features
     sets: Sequence[Features]
     others: Mapping[str, Features] = field(default_factory=dict)
+    main: bool = True
 
     def named(self, scores: Record) -> Record:
         """Return the scores with the instrument's name for Fréchet distances: fd, or fid of Inception."""
@@ -49,14 +88,24 @@ class View:
 
     def scores(self, settings: Evaluate) -> Record:
         """Return {metric: spread over the sets}."""
-        return self.named(spread_of([judge(features, self.real, settings) for features in self.sets]))
+        every = [
+            judge(features, self.real, settings) if self.main else distances(features, self.real)
+            for features in self.sets
+        ]
+        return self.named(spread_of(every))
+
+    def frechet(self, generated: Features) -> Record:
+        """Return the Fréchet distance alone, of any images."""
+        return self.named({"fd": frechet_distance(generated, self.real)})
 
     def record(self) -> Record:
         """Return what every record has beside the scores: the instrument, and the ends of its scales."""
         keys = ("name", "layer", "dimension", "shape", "resize", "sha256", "accuracy")
         instrument = {key: self.instrument.record[key] for key in keys}
         record = {"instrument": instrument, "expected_bias": expected_bias(self.real, len(self.sets[0]))}
-        return record | ({} if self.real.logits is None else {"is_max": self.real.logits.shape[1]})
+        if not self.main or self.real.logits is None:
+            return record
+        return record | {"is_max": self.real.logits.shape[1]}
 
     def distances_by_class(self, classes: Classes, names: Sequence[str]) -> Record:
         """Return {class: its distance, see `class_distances`}, of the images of all sets together."""
@@ -124,17 +173,21 @@ def predicted_classes(views: Sequence[View]) -> Classes | None:
 def headline(n: int, scores: Mapping[str, Record], copies: float, **more: Record | None) -> Record:
     """Return the numbers for `dvc metrics show` and MLflow: means over the sets, and spreads of distances.
 
-    scores: {instrument's id: {metric: spread}}; the first instrument gives all metrics, the others their
-    distance. copies: as in `memorisation`. more: spreads that belong to no instrument; None is left out.
+    scores: {instrument's id: {metric: spread}}. The number to hold comes first: the ratio to real images, by
+    the network trained on ImageNet if there is one, else by the first instrument. copies: as in
+    `memorisation`. more: spreads that belong to no instrument; None is left out.
     """
-    result: Record = {"n": n}
-    others = ["position", "kid", "is", "precision", "recall", "density", "coverage"]
+    chosen = ["fid", "fd", RATIO, "kid", "is", "precision", "recall", "density", "coverage"]
+    result: Record = {}
     for id, of_instrument in scores.items():
         distance = "fid" if "fid" in of_instrument else "fd"
-        chosen = [distance, *others] if len(result) == 1 else [distance]
         result[id] = {name: of_instrument[name]["mean"] for name in chosen if name in of_instrument}
         result[id][f"{distance}_std"] = of_instrument[distance]["std"]
-    return result | {"copies": copies} | {name: value["mean"] for name, value in more.items() if value}
+    ratios = {id: part[RATIO] for id, part in result.items() if RATIO in part}
+    sharpest = [ratio for id, ratio in ratios.items() if id.startswith(IMAGENET)] or list(ratios.values())
+    first = {RATIO: sharpest[0]} if sharpest else {}
+    rest = {name: value["mean"] for name, value in more.items() if value}
+    return first | {"n": n} | result | {"copies": copies} | rest
 
 
 def load_record(path: Path) -> Record:

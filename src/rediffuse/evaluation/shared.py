@@ -25,6 +25,7 @@ Record = dict[str, Any]
 
 RECORD_FILE, WEIGHTS_FILE = "instrument.json", "weights.safetensors"  # in the folder of an instrument
 REMEDY = "make it again with `dvc repro -f reference`, or fetch it with `dvc pull`"
+IMAGENET = ("inception-v3", "efficientnet-lite0")  # trained on photographs; their ids begin so
 LABEL_FREE = "random-conv-v1"
 OTHERS = "take another instrument: classifier or random-conv-v1 (reference.instruments in params.yaml)"
 DIMENSION = 64  # of the features of the instruments made from the training images

@@ -26,8 +26,8 @@ ROWS = {  # of the reference, from the worst to the best
     "noise": ("uniform noise", USELESS),
     "pixel_marginals": ("pixel marginals", USELESS),
     "mean_image": ("mean image", USELESS),
-    "train": ("real train", REAL),
-    "test_halves": ("real test, half vs half", REAL),
+    "real": ("real", REAL),
+    "halves": ("real, half vs half", REAL),
 }
 BY = {"label": "by the class that was asked for", "predicted": "by the class that a classifier sees"}
 SHARES = ("precision", "recall", "density", "coverage")
@@ -68,9 +68,9 @@ def score_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
 
     record, reference: as in metrics/evaluation/{model}.json and reference.json.  Left: the Fréchet distance
     on a log axis, between those of real images and of useless generators, with the bias that a perfect
-    generator would show.  Then precision, recall, density and coverage with the values of real training
-    images, and the inception score if there is one.  Error bars reach from the smallest to the largest of the
-    independent sample sets.
+    generator would show.  For the first instrument, precision, recall, density and coverage with the values
+    of real images, and the inception score if there is one.  Error bars reach from the smallest to the
+    largest of the independent sample sets.
     """
     model, parts = record["model"], record["instruments"]
     if not parts:
@@ -81,11 +81,13 @@ def score_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     for band, (name, part) in zip(bands, parts.items(), strict=True):
         dimension = part["instrument"]["dimension"]
         band.suptitle(f"{name}, {dimension} dimensions", fontsize=11, weight="bold")
-        rows, has_score = reference["instruments"].get(name, {}).get("rows", {}), "is" in part["scores"]
-        axes = band.subplots(1, 3 if has_score else 2, width_ratios=[6, 4, 2] if has_score else [6, 6])
+        rows, scores = reference["instruments"].get(name, {}).get("rows", {}), part["scores"]
+        widths = [6, *([4] if "precision" in scores else []), *([2] if "is" in scores else [])]
+        axes = band.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _distance_panel(axes[0], model, part, rows)
-        _shares_panel(axes[1], part["scores"], rows.get("train", {}))
-        if has_score:
+        if "precision" in scores:
+            _shares_panel(axes[1], scores, rows.get("real", {}))
+        if "is" in scores:
             _inception_panel(axes[2], part, rows)
     return render(figure)
 
@@ -100,7 +102,10 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     says so.
     """
     model, instruments = record["model"], record["instruments"]
-    parts = {name: part for name, part in instruments.items() if part.get("classes")}
+    classified = {name: part for name, part in instruments.items() if part.get("classes")}
+    # In many dimensions no class has enough images.  Without any distance, show the first one's counts.
+    parts = {name: part for name, part in classified.items() if _measured(_by_class(part))}
+    parts = parts or dict(list(classified.items())[:1])
     every = list(dict.fromkeys(name for part in parts.values() for name in _by_class(part)))
     if not every:
         return _sentence(f"{model}: {'the images have no classes' if instruments else NOTHING}")
@@ -122,7 +127,7 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
         tick.set_color("black" if any(name in measured for measured in distances) else GREY)
     marks = [
         Line2D([], [], color=colour, marker=SHAPES[colour], linestyle="", label=label)
-        for colour, label in ((MODEL, model), (REAL, "real train"))
+        for colour, label in ((MODEL, model), (REAL, "real"))
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
     return render(figure)
@@ -167,12 +172,12 @@ def _distance_panel(axis: Axes, model: str, part: Record, rows: Record) -> None:
     axis.axvline(max(bias.mean, least), color="black", linestyle=":", linewidth=1.2, zorder=1)
     title = f"dotted: {bias}, to expect of a perfect generator at this number of images"
     axis.set_title(title, fontsize=9, loc="left")
-    for row, colour, end in (("train", REAL, 0), ("noise", USELESS, 1)):
+    for row, colour, end in (("real", REAL, 0), ("noise", USELESS, 1)):
         if row in real:
             ends = max(real[row].mean, least), axis.get_xlim()[end]
             axis.axvspan(*ends, color=colour, alpha=0.08, linewidth=0, zorder=0)
     _name_rows(axis, [title for title, _, _ in lines])
-    axis.set_xlabel(f"Fréchet distance {name} to the real test images, log axis; smaller is better")
+    axis.set_xlabel(f"Fréchet distance {name} to the real images, log axis; smaller is better")
 
 
 def _shares_panel(axis: Axes, scores: Record, real: Record) -> None:
@@ -187,13 +192,13 @@ def _shares_panel(axis: Axes, scores: Record, real: Record) -> None:
         _point(axis, place, value, MODEL, big=True)
         _write_at(axis, place, 1.02, str(value), MODEL)
     _name_rows(axis, names)
-    axis.set(xlim=(0, 1.05 * max(highest)), xlabel="green line: real train")
+    axis.set(xlim=(0, 1.05 * max(highest)), xlabel="green line: real")
 
 
 def _inception_panel(axis: Axes, part: Record, rows: Record) -> None:
     value = Spread.of(part["scores"]["is"])
     real = {row: Spread.of(values["is"]) for row, values in rows.items() if "is" in values}
-    shown = next((row for row in ("test", "train") if row in real), None)
+    shown = next((row for row in ("same", "real") if row in real), None)
     if shown:
         _reference(axis, 0, real[shown])
     _point(axis, 0, value, MODEL, big=True)
@@ -203,7 +208,7 @@ def _inception_panel(axis: Axes, part: Record, rows: Record) -> None:
     most, highest = part["is_max"], max(value.high, *(spread.high for spread in real.values()), 1)
     axis.set_xlim(1, most if most < 4 * highest else 1.5 * highest)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.set_xlabel(f"IS (1 to {most})\n" + (f"green line: real {shown}" if shown else ""))
+    axis.set_xlabel(f"IS (1 to {most})\n" + ("green line: real" if shown else ""))
 
 
 def _class_panel(axis: Axes, classes: Sequence[str], model: Record, floor: Record) -> None:

@@ -183,8 +183,9 @@ def load_image_model(folder: Path, settings: Mapping[str, Any], *, prior: Path |
     own = {name: value for name, value in settings.items() if name != "precision"}
     if read_config(folder)["kind"] == "vae":
         return _load_vae(folder, _validated(SampleVAE, own), precision, prior)
-    # Models packed by earlier versions have no spacing: it was always even.
-    return _load_ddpm(folder, _validated(SampleDDPM, {"spacing": "even"} | own), precision)
+    # What models packed by earlier versions do not name.
+    before = {"spacing": "even", "guidance_interval": [0.0, 1.0]}
+    return _load_ddpm(folder, _validated(SampleDDPM, before | own), precision)
 
 
 def _load_vae(folder: Path, settings: SampleVAE, precision: Precision, prior: Path | None) -> ImageModel:
@@ -203,9 +204,6 @@ def _load_ddpm(folder: Path, settings: SampleDDPM, precision: Precision) -> Imag
     denoiser = load_model(Denoiser, folder, device())
     T, space = denoiser.schedule.T, load_space(folder, denoiser.shape, device())
     _check_steps(settings.steps, T)
-    if settings.guidance_scale != 1 and not denoiser.classes:
-        scale = f"{settings.guidance_scale:g}"
-        raise UserError(f"guidance_scale must be 1 for a model trained without labels, got {scale}")
 
     def coder(steps: int | None) -> Coder:
         steps = min(CODING_STEPS, T) if steps is None else steps

@@ -28,7 +28,7 @@ def ddpm_shards(
     space: of x_0; None: pixels.  label: of all images, without effect on the noise; None: 0, 1, 2, ... in
     turn if there are classes.  observe: called at each step of the sampler.
     """
-    denoise = guided(denoiser, guidance_scale=settings.guidance_scale)
+    denoise = guided(denoiser, settings.guidance_scale, settings.guidance_interval)
     decode = (space or Pixels(denoiser.shape)).decode
     schedule, sampler, eta = denoiser.schedule, SAMPLERS[settings.sampler], settings.eta
     times = SPACINGS[settings.spacing](schedule, settings.steps)

@@ -33,6 +33,7 @@ MODELS = KINDS[::-1]
 MOST = 4
 LATEST = 100  # rows that are searched for instruments
 SCORE = re.compile(rf"({'|'.join(MODELS)})/([^/]+)/(fd|fid|precision|recall)")
+HEADLINES = [f"{model}/ratio_to_real" for model in MODELS]  # the number to hold, shown first
 CURVES = ["ddpm/loss", "vae/elbo"]
 SAMPLES = ["ddpm/samples", "vae/samples"]
 PICTURES = [
@@ -57,7 +58,7 @@ def update_experiment(client: MlflowClient, experiment: str) -> None:
     view = view_of(names, rows[0].data.params if rows else {})
     if view != tags.get(TAG) and (TAG not in tags or _is_ours(tags[TAG])):
         client.set_experiment_tag(experiment, TAG, view)
-    distances = [name for name in scores_of(names) if name.endswith(("/fd", "/fid"))]
+    distances = [name for name in scores_of(names) if name in HEADLINES or name.endswith(("/fd", "/fid"))]
     ours = tags.get(PRIMARY) == tags.get(OUR_PRIMARY)  # nobody has chosen another
     if distances and distances[0] != tags.get(PRIMARY) and ours:
         chosen = {PRIMARY: distances[0], OUR_PRIMARY: distances[0], PRIMARY_GREATER: "False"}
@@ -75,11 +76,12 @@ def _is_ours(view: str) -> bool:
 
 
 def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return the metrics to show as scores, grouped by instrument, then by model.
+    """Return the metrics to show as scores: the headlines, then grouped by instrument, then by model.
 
     rows: names of metrics, the latest row first.  The instrument with most scores comes first in its row.
     """
     found: dict[str, dict[str, None]] = {}  # instrument -> its scores
+    rows = list(map(set, rows))
     for names in rows:
         of_row: dict[str, list[str]] = {}
         for name in sorted(names, key=lambda name: (*map(name.startswith, MODELS[1:]), name)):
@@ -87,7 +89,8 @@ def scores_of(rows: Iterable[Iterable[str]]) -> list[str]:
                 of_row.setdefault(match[2], []).append(name)
         for instrument in sorted(of_row, key=lambda instrument: (-len(of_row[instrument]), instrument)):
             found.setdefault(instrument, {}).update(dict.fromkeys(of_row[instrument]))
-    return [name for scores in list(found.values())[:MOST] for name in scores]
+    headlines = [name for name in HEADLINES if any(name in names for names in rows)]
+    return headlines + [name for scores in list(found.values())[:MOST] for name in scores]
 
 
 def view_of(rows: Iterable[Iterable[str]] = (), params: Mapping[str, str] | None = None) -> str:
@@ -96,7 +99,7 @@ def view_of(rows: Iterable[Iterable[str]] = (), params: Mapping[str, str] | None
     rows: names of metrics, the latest row first.  params: of the latest row.
     """
     scores = scores_of(rows)
-    instruments = dict.fromkeys(score.split("/")[1] for score in scores)
+    instruments = dict.fromkeys(score.split("/")[1] for score in scores if score not in HEADLINES)
     folded = [*FOLDED, *(f"{owner}/{id}" for id in instruments for owner in (*MODELS, "reference"))]
     columns = [  # of the table
         *("attributes.`Models`", "tags.`rebuild.verdict`"),

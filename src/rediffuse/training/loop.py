@@ -23,12 +23,21 @@ from tqdm import tqdm
 
 from rediffuse.params import Training
 from rediffuse.runtime import processes
-from rediffuse.runtime.device import Compile, Precision, autocast, compile_parts, seed_for, upload
+from rediffuse.runtime.device import (
+    Compile,
+    Precision,
+    autocast,
+    compile_parts,
+    computes_bfloat16,
+    seed_for,
+    upload,
+)
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.weights import Rebuildable
 from rediffuse.training.average import Average
 from rediffuse.training.checkpoint import Checkpoint, fingerprint
 from rediffuse.training.curves import Curves, Row
+from rediffuse.training.muon import Muon, matrices
 
 ORDER, NOISE, DROPOUT = 1, 2, 3  # independent streams of random numbers
 
@@ -64,7 +73,8 @@ class Log(Protocol):
 class Trainer(Generic[Model]):
     """One run: the model, its average, the optimizer, and the progress.
 
-    train, held_out: images (N, C, H, W) and labels int64 (N,) or None, on the device to train on.
+    train, held_out: images (N, C, H, W) and labels int64 (N,) or None, on the device to train on.  Without
+    held-out images nothing is validated.
     name: the group of parameters, and the prefix of logged names.
     validate: measures the averaged model on held_out.
 
@@ -99,10 +109,8 @@ class Trainer(Generic[Model]):
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
         compile_parts(self.model, self.images.device, compile)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.optimizers = make_optimizers(self.model, config, precision)
+        self.rates = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in self.optimizers]
         self.stream = (processes.rank(),) if processes.world_size() > 1 else ()
         self.done = 0
         self.curves, self.sums = Curves(), dict[str, Tensor]()
@@ -142,11 +150,12 @@ class Trainer(Generic[Model]):
         noise = {key: upload(numbers[self.mine], device) for key, numbers in noise.items()}
         with autocast(device, self.precision):
             loss, measures = self.loss(self.images[batch], labels, noise, seen)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self.optimizer.step()
-        self.rate.step()
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.step()
+            rate.step()
         self.average.update(self.model, seen=seen + config.batch, batch=config.batch)
         self.done += 1
         for key, measure in measures.items():  # summed on the device: reading a value would wait for it
@@ -175,8 +184,10 @@ class Trainer(Generic[Model]):
 
     def _validate(self) -> None:
         model = self.average.model.eval()
-        measured = self.validate(model, *self.held_out)
-        self._add_to(self.curves.validation, {f"validation_{key}": value for key, value in measured.items()})
+        if len(self.held_out[0]):
+            measured = self.validate(model, *self.held_out)
+            named = {f"validation_{key}": value for key, value in measured.items()}
+            self._add_to(self.curves.validation, named)
         if self.log is not None and processes.is_main():
             with torch.no_grad():
                 self.log.log_model(self.seen, model)
@@ -194,7 +205,8 @@ class Trainer(Generic[Model]):
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._continue_sums(self._totals())
-        moments = [moment for state in self.optimizer.state.values() for moment in state.values()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        moments = [moment for state in states for moment in state.values()]
         weights = [*self.model.state_dict().values(), *self.average.model.state_dict().values(), *moments]
         if not torch.stack([tensor.isfinite().all().to(self.images.device) for tensor in weights]).all():
             raise self._not_finite("weights are not finite")  # a checkpoint of them would fail every restart
@@ -234,7 +246,22 @@ class Trainer(Generic[Model]):
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
         models = {"model": self.model, "average": self.average.model}
-        return {**models, "optimizer": self.optimizer, "rate": self.rate}
+        optimizers = {f"optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        return {**models, **optimizers, **{f"rate {i}": rate for i, rate in enumerate(self.rates)}}
+
+
+def make_optimizers(model: nn.Module, config: Training, precision: Precision) -> list[torch.optim.Optimizer]:
+    """Return AdamW; or Muon for the matrices and AdamW for the rest."""
+    decay, chosen = config.weight_decay, matrices(model) if config.optimizer == "muon" else []
+    rest = {id(parameter): parameter for parameter in model.parameters()}
+    for parameter in chosen:
+        del rest[id(parameter)]
+    adamw = torch.optim.AdamW(rest.values(), lr=config.lr, weight_decay=decay, fused=True)
+    if not chosen:
+        return [adamw]
+    fast = precision == "auto" and computes_bfloat16(chosen[0].device)
+    dtype = torch.bfloat16 if fast else torch.float32
+    return [adamw, Muon(chosen, config.muon_lr, weight_decay=decay, dtype=dtype)]
 
 
 class _Loss(nn.Module):

@@ -54,6 +54,15 @@ def negative_log_likelihood(vae: VAE, x: Tensor, z: Tensor, labels: Tensor | Non
     return (0.5 * squares + sigma.log() + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
+def entropy_floor(x: Tensor) -> Tensor:
+    """Return the entropy of grey values as probabilities, in nats, (B,): no decoder with a Bernoulli
+    likelihood has a smaller -log p(x|z), nor a smaller negative ELBO.
+    """
+    x = x.double()
+    of_pixels: Tensor = -torch.xlogy(x, x) - torch.xlogy(1 - x, 1 - x)
+    return of_pixels.flatten(1).sum(1)
+
+
 def training_loss(
     terms: ELBO,
     *,

@@ -89,6 +89,9 @@ def final_measures(vae: VAE, train: Split, test: Split, *, seed: int) -> dict[st
     }
     if vae.likelihood == "gaussian":
         report["sigma"] = vae.sigma().item()
+    else:
+        floors = [objective.entropy_floor(to_unit(x)) for x, _ in in_chunks(*test)]
+        report["test"]["floor"] = torch.cat(floors).mean().item()
     assert all(math.isfinite(value) for value in report["test"].values())
     return report
 
