@@ -278,6 +278,7 @@ def test_images_of_another_tool_are_judged_as_those_of_a_model(pipeline, monkeyp
     assert compared.exit_code == 0 and CNN in compared.output, compared.output
     client, row = find_row("gan")  # the second attempt; the first is folded below it
     assert row.data.tags["rediffuse.attempt"] == "2" and row.info.status == "FINISHED"
+    assert "rediffuse rebuild" not in row.data.tags["mlflow.note.content"]  # there is nothing to rebuild
     assert row.data.metrics[f"ddpm/{CNN}/fd"] == record["instruments"][CNN]["scores"]["fd"]["mean"]
     assert any("ddpm~samples" in file.path for file in client.list_artifacts(row.info.run_id, "images"))
     for array, words in (

@@ -138,6 +138,9 @@ def _make_row(
             before = find(client, experiment, identity.key)
             row = create(client, experiment, identity, place_of(root), replaces=before)
         writer = RowWriter(client, row)
+        # In place of the description of a `dvc repro`, which says how to rebuild it.
+        about = f"Images of another tool, judged by `rediffuse judge --name {name}`."
+        writer.set_tags({"mlflow.note.content": about})
         groups = ("data.", "reference.", "evaluate.", "sample.n")
         writer.set_params({key: value for key, value in flatten(params).items() if key.startswith(groups)})
         writer.log_results(files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,7 +29,6 @@ def find_row(name: str, what: str = "row") -> tuple[MlflowClient, MlflowRun]:
     unknown = f"no {what} is called {name!r}; look it up with `dvc exp show` or `make ui`"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(f"{unknown} (there is no store yet: {shown})")  # to open it would make it
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with _reading(f"{unknown}: {shown}"):
         client = connect(uri)
         rows = _rows(client, name)
