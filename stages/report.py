@@ -18,6 +18,7 @@ from rediffuse.params import load_params
 from rediffuse.runtime.device import device, make_deterministic
 from rediffuse.runtime.kinds import KINDS
 from rediffuse.runtime.weights import load_model
+from rediffuse.sampling.guidance import load_guide
 from rediffuse.sampling.space import load_space
 from rediffuse.tracking.row import stage_run
 from rediffuse.vae.model import VAE
@@ -44,7 +45,9 @@ def main() -> None:
         space = load_space(MODELS / "ddpm", denoiser.shape, device())
         images, _ = on_device(validation if len(validation) else train)
         draw_noising(denoiser.schedule, space, images, seed=params.seed, folder=REPORT / "ddpm")
-        draw_denoising(denoiser, space, records["ddpm"]["sampling"], params.precision, REPORT / "ddpm")
+        sampling = records["ddpm"]["sampling"]
+        guide = load_guide(MODELS / "ddpm", sampling["autoguidance_scale"])
+        draw_denoising(denoiser, guide, space, sampling, params.precision, REPORT / "ddpm")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rediffuse.runtime.files import write_json
 from rediffuse.runtime.processes import is_main, process_group
 from rediffuse.runtime.weights import load_model
 from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sampling.guidance import load_guide
 from rediffuse.sampling.sets import draw_sets
 from rediffuse.sampling.space import load_space
 from rediffuse.tracking.row import stage_run
@@ -28,7 +29,8 @@ def main() -> None:
     with stage_run("sample_ddpm", params):
         denoiser, settings = load_model(Denoiser, MODEL, device()), params.sample.ddpm
         space = load_space(MODEL, denoiser.shape, device())
-        draw_shard = ddpm_shards(denoiser, settings, params.precision, space=space)
+        guide = load_guide(MODEL, settings.autoguidance_scale)
+        draw_shard = ddpm_shards(denoiser, settings, params.precision, space=space, guide=guide)
         draw_sets(draw_shard, params.sample, denoiser.classes, FOLDER)
         about = {"ema_half_life": params.ddpm.training.ema_half_life} | settings.model_dump()
         if is_main():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.denoiser import Architecture, Denoiser
+from rediffuse.diffusion.denoiser import GUIDE, Architecture, Denoiser
 from rediffuse.diffusion.step import DenoisingStep, validate
 from rediffuse.images.image_set import load_images
 from rediffuse.images.pixels import on_device
@@ -55,12 +55,15 @@ def main() -> None:
             precision=params.precision,
             compile=params.compile,
             validate=measure,
+            keep_at=round(params.ddpm.guide_share * params.ddpm.training.images),
             log=run,
         )
         with resumable(checkpoint_folder(), "ddpm", trainer.fingerprint) as checkpoint:
             denoiser, curves = trainer.train(checkpoint)
             if is_main():
                 save_model(denoiser, MODEL)
+                if trainer.early is not None:
+                    save_model(trainer.early, MODEL / GUIDE)
                 # With latents, the model keeps their VAE, so that it draws images by itself.
                 copy_folder(folder / VAE_FOLDER, MODEL / VAE_FOLDER)
                 parameters = sum(parameter.numel() for parameter in denoiser.parameters())

@@ -165,6 +165,26 @@ def test_guidance_is_for_an_interval_of_t():
         seen.clear()
 
 
+def test_autoguidance_goes_away_from_the_guide_inside_the_interval():
+    denoiser, guide = make(predict="x0", clip=False), make(predict="x0", clip=False)
+    for parameter in guide.parameters():
+        parameter.data *= 0.9
+    labels, none = at(0, 1), at(3, 3)
+    for t, inside in ((9, False), (10, True), (50, True), (51, False)):
+        x_t, times = noisy(2), at(t, t)
+        conditional, unconditional, weak = (
+            guided(model)(x_t, times, y)
+            for model, y in ((denoiser, labels), (denoiser, none), (guide, labels))
+        )
+        assert not torch.equal(conditional, weak)
+        for scale in (1.0, 3.0):
+            both = guided(denoiser, scale, (0.1, 0.5), guide=guide, autoguidance_scale=1.7)
+            more = (scale - 1) * (conditional - unconditional) + 0.7 * (conditional - weak)
+            torch.testing.assert_close(both(x_t, times, labels), conditional + inside * more)
+    alone = guided(denoiser, autoguidance_scale=1.7)(x_t, times, labels)
+    assert torch.equal(alone, guided(denoiser)(x_t, times, labels))
+
+
 # The task
 
 

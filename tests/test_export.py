@@ -27,12 +27,12 @@ from toy import git
 import rediffuse
 from rediffuse.cli import main
 from rediffuse.commands.export import export
-from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.denoiser import GUIDE, Denoiser
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.kinds import read_config
-from rediffuse.runtime.weights import save_model
+from rediffuse.runtime.weights import load_model, save_model
 from rediffuse.sampling.guidance import guided
 from rediffuse.sampling.samplers import ddim, ddpm, even_times
 from rediffuse.sources.splits import describe
@@ -50,7 +50,7 @@ ODD = (3, 17, 19)
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with models of random weights; diffusers copies code to a folder of the test."""
     root = tmp_path / "checkout"
-    make_checkout(root, precision="float32")
+    make_checkout(root, precision="float32", sample__ddpm__autoguidance_scale=1.5)
     monkeypatch.chdir(root)
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -65,11 +65,13 @@ def randomise(model: Any, std: float) -> Any:
 
 
 def put_ddpm(**changes: Any) -> Denoiser:
-    """Another DDPM in the checkout, of random weights."""
+    """Another DDPM in the checkout, with a guide, of random weights."""
     config: dict[str, Any] = {"shape": list(ODD), "T": T, "schedule": "cosine", "predict": "v", "fold": 2}
     config |= {"class_names": list(CLASSES), "width": 16, "multipliers": [1, 2], "blocks": 1}
-    denoiser: Denoiser = randomise(Denoiser(**config | {"attention": 8, "dropout": 0.1} | changes), 0.15)
+    config |= {"attention": 8, "dropout": 0.1} | changes
+    denoiser: Denoiser = randomise(Denoiser(**config), 0.15)
     save_model(denoiser, DDPM)
+    save_model(randomise(Denoiser(**config), 0.14), DDPM / GUIDE)
     return denoiser
 
 
@@ -208,15 +210,16 @@ def onnx(name: str, **inputs: Tensor | None) -> Tensor:
 @pytest.mark.slow
 def test_onnx_has_the_output_of_the_network_for_every_batch() -> None:
     denoiser = put_ddpm(shape=[3, 9, 7])
+    guide = load_model(Denoiser, DDPM / GUIDE, CPU)
     export("out", model="ddpm", form="onnx")
-    for batch in (1, 5):
+    for batch, network, name in ((1, denoiser, "model"), (5, denoiser, "model"), (3, guide, "guide")):
         x_t, t = torch.randn(batch, *denoiser.shape), torch.randint(1, T + 1, (batch,))
         labels = torch.randint(0, denoiser.classes + 1, (batch,))
         with torch.inference_mode():
-            expected = denoiser(x_t, t, labels)
-        torch.testing.assert_close(onnx("model", x_t=x_t, t=t, labels=labels), expected, rtol=1e-4, atol=1e-5)
+            expected = network(x_t, t, labels)
+        torch.testing.assert_close(onnx(name, x_t=x_t, t=t, labels=labels), expected, rtol=1e-4, atol=1e-5)
         assert expected.std() > 0.05
-    names = {"README.md", "config.json", "model.onnx", "sampling.json"}
+    names = {"README.md", "config.json", "model.onnx", "guide.onnx", "sampling.json"}
     assert {path.name for path in Path("out").iterdir()} == names
     alpha_bar = json.loads(Path("out/config.json").read_text())["alpha_bar"]
     np.testing.assert_allclose(alpha_bar, denoiser.schedule.alpha_bar)

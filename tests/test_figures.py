@@ -25,6 +25,7 @@ from rediffuse.images.sample_sets import Samples
 from rediffuse.runtime.shards import draw
 from rediffuse.runtime.weights import load_model
 from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sampling.guidance import load_guide
 from rediffuse.sampling.space import load_space
 from rediffuse.vae.model import VAE
 
@@ -58,7 +59,7 @@ def place(picture: np.ndarray, image: np.ndarray, scale: int = 2) -> tuple[int, 
 def checkout(tmp_path_factory):
     """The root of a checkout with both models, and its parameters."""
     root = tmp_path_factory.mktemp("models")
-    return root, make_checkout(root, vae__conditional=True, ddpm__conditional=True)
+    return root, make_checkout(root, vae__conditional=True, sample__ddpm__autoguidance_scale=1.5)
 
 
 def test_samples_have_a_row_for_each_class(tmp_path):
@@ -102,10 +103,11 @@ def test_denoising_ends_with_the_images_of_the_first_seed(checkout, tmp_path):
     root, params = checkout
     denoiser = load_model(Denoiser, root / "data/models/ddpm", CPU)
     space = load_space(root / "data/models/ddpm", SHAPE, CPU)
+    guide = load_guide(root / "data/models/ddpm", 1.5)
     sampling = {"n": 1000, "seeds": [3, 4], "rounding": "nearest"} | params.sample.ddpm.model_dump()
     with torch.inference_mode():
-        draw_denoising(denoiser, space, sampling, params.precision, tmp_path)
-        draw_shard = ddpm_shards(denoiser, params.sample.ddpm, params.precision, space=space)
+        draw_denoising(denoiser, guide, space, sampling, params.precision, tmp_path)
+        draw_shard = ddpm_shards(denoiser, params.sample.ddpm, params.precision, space=space, guide=guide)
         expected = draw(1000, draw_shard, seed=3, title="images").numpy()[:10]
     picture = read(tmp_path / "denoising.png")
     found = [places(picture, image)[-1] for image in expected]

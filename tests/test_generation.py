@@ -14,7 +14,7 @@ from tiny_checkout import SHAPE, T, make_checkout, save_vae, write_params
 from toy import dvc, git
 
 from rediffuse.commands.generate import generate
-from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.denoiser import GUIDE, Denoiser
 from rediffuse.images import files as formats
 from rediffuse.params import load_params
 from rediffuse.runtime.errors import UserError
@@ -67,7 +67,7 @@ def message(model: str = "ddpm", output: str = "out.png", **options: Any) -> str
     [
         {},
         {"sample__ddpm__sampler": "ddim", "sample__ddpm__eta": 0.5, "sample__ddpm__guidance_scale": 2.0},
-        {"ddpm__conditional": False},
+        {"ddpm__conditional": False, "sample__ddpm__autoguidance_scale": 1.5},
     ],
 )
 def test_generate_draws_the_images_of_the_stage(checkout, changes):
@@ -132,9 +132,9 @@ def test_a_label_changes_the_class_and_not_the_noise(checkout):
 
 def test_options_take_the_place_of_parameters(checkout):
     root = checkout(sample__ddpm__sampler="ddim", sample__ddpm__eta=0.5)  # which heun does not know
-    optional = images_of(sampler="heun", steps=2, guidance_scale=3.0)
+    optional = images_of(sampler="heun", steps=2, guidance_scale=3.0, autoguidance_scale=2.0)
     assert not np.array_equal(optional, images_of())
-    settings = {"sampler": "heun", "steps": 2, "guidance_scale": 3.0}
+    settings = {"sampler": "heun", "steps": 2, "guidance_scale": 3.0, "autoguidance_scale": 2.0}
     write_params(root, {f"sample.ddpm.{name}": value for name, value in settings.items()})
     assert np.array_equal(optional, images_of())
 
@@ -222,9 +222,20 @@ def test_a_model_without_labels_takes_none(checkout):
     assert "without labels" in message(label="Bag") and "guidance-scale" in message(guidance_scale=2.0)
 
 
+def test_a_model_without_a_guide_takes_no_autoguidance(checkout):
+    checkout()
+    before = images_of()
+    assert not np.array_equal(images_of(autoguidance_scale=1.5), before)
+    shutil.rmtree(Path("data/models/ddpm", GUIDE))
+    assert np.array_equal(images_of(), before)
+    assert "(1.5) must be 1" in (told := message(autoguidance_scale=1.5)) and "ddpm.guide_share" in told
+
+
 def test_a_missing_or_damaged_model_is_named(checkout, monkeypatch, tmp_path):
     checkout()
     config = Path("data/models/ddpm/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"width": 16}))
+    assert "another version" in message() and "dvc repro" in message()
     for content, text in ((json.dumps({"width": 3}), "vae or ddpm, got none"), ("{", "config.json")):
         config.write_text(content)
         assert text in message()

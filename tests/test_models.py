@@ -64,7 +64,7 @@ def lock_models(root):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models") / "checkout"
-    make_checkout(root)
+    make_checkout(root, sample__ddpm__autoguidance_scale=1.5)
     lock_models(root)
     return root
 

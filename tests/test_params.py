@@ -110,6 +110,7 @@ LATENTS = {"ddpm.space": "latents", "vae.latent_channels": 4}
         ({"sample.ddpm.eta": 0.5, "sample.ddpm.sampler": "heun"}, r"sample.ddpm: eta \(0.5\) .*ddim.* heun"),
         ({"sample.ddpm.guidance_scale": 2.0, "ddpm.conditional": False}, r"scale \(2.0\) .*ddpm.conditional"),
         ({"sample.ddpm.guidance_scale": 2.0, "ddpm.label_drop": 0}, r"scale \(2.0\) .*ddpm.label_drop"),
+        ({"sample.ddpm.autoguidance_scale": 1.5, "ddpm.guide_share": 0}, r"scale \(1.5\) .*ddpm.guide_share"),
         ({"sample.ddpm.guidance_interval": [0.5, 0.1]}, r"guidance_interval \(\[0.5, 0.1\]\) must rise"),
         (SHORT, r"batch \(200\) .*images \(99\)"),
         ({"ddpm.training.lr_warmup": 10**9}, r"ddpm.training: lr_warmup \(1000000000\)"),

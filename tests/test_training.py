@@ -150,6 +150,7 @@ def make_trainer(step: Any = None, *, n: int = 10, **changes: Any) -> Trainer[Ne
         "precision": "float32",
         "compile": "never",
         "validate": lambda net, images, labels: {"norm": net.linear.weight.norm().item()},
+        "keep_at": 0,
         "log": None,
     }
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
@@ -168,6 +169,8 @@ def run(folder: Path, step: Any = None, **changes: Any) -> Found:
     trainer = make_trainer(step, **changes)
     average, curves = trainer.train(Checkpoint(folder / "run.pt"))
     models = {"average": average, "model": trainer.model}
+    if trainer.early is not None:
+        models["early"] = trainer.early
     weights = {f"{of}.{key}": value for of, net in models.items() for key, value in net.state_dict().items()}
     return weights, curves, trainer
 
@@ -192,15 +195,16 @@ def assert_same(found: Found, expected: Found) -> None:
     ("kills", "optimizer"), [([2], "adamw"), ([3], "adamw"), ([10], "muon"), ([4, 4, 2, 5], "muon")]
 )
 def test_resume_is_bit_exact_wherever_the_run_was_killed(tmp_path, kills, optimizer):
-    expected = run(tmp_path / "undisturbed", optimizer=optimizer)
+    settings = {"optimizer": optimizer, "keep_at": 20}
+    expected = run(tmp_path / "undisturbed", **settings)
     for at in kills:
         with pytest.raises(Killed):
-            run(tmp_path / "killed", Step(killed_after=at), optimizer=optimizer)
+            run(tmp_path / "killed", Step(killed_after=at), **settings)
     resumed, again = Step(), Step()
-    assert_same(run(tmp_path / "killed", resumed, optimizer=optimizer), expected)
+    assert_same(run(tmp_path / "killed", resumed, **settings), expected)
     if len(kills) == 1:  # it went on from the last checkpoint: one each 12 images, 3 steps
         assert len(resumed.seen) == 15 - kills[0] // 3 * 3
-    assert_same(run(tmp_path / "killed", again, optimizer=optimizer), expected)
+    assert_same(run(tmp_path / "killed", again, **settings), expected)
     assert again.seen == []  # a finished run is not trained again
 
 
@@ -215,6 +219,16 @@ def test_each_optimizer_trains_its_own_parameters_once(tmp_path):
     assert len(make_trainer().optimizers) == 1
     weights = run(tmp_path / "muon", optimizer="muon")[0]["model.linear.weight"]
     assert not torch.equal(weights, run(tmp_path / "adamw")[0]["model.linear.weight"])
+
+
+def test_the_average_is_kept_where_it_is_asked_for_and_changes_nothing(tmp_path):
+    log = Log()
+    weights, _, trainer = run(tmp_path / "kept", log=log, keep_at=14)  # reached by the batch that ends at 16
+    [average] = [weight for seen, weight in log.models if seen == 16]
+    assert torch.equal(weights.pop("early.linear.weight"), average) and not trainer.early.training
+    plain = run(tmp_path / "plain")[0]
+    assert all(torch.equal(weight, weights[key]) for key, weight in plain.items())
+    assert make_trainer(keep_at=14).fingerprint != make_trainer().fingerprint
 
 
 def test_without_held_out_images_nothing_is_validated_and_training_is_the_same(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 
+from rediffuse.diffusion.denoiser import GUIDE
 from rediffuse.images.image_set import ImageSet, save_images
 from rediffuse.params import Params, load_params
 from rediffuse.runtime.weights import save_model
@@ -37,6 +38,7 @@ def write_params(root: Path, changes: Mapping[str, Any]) -> Params:
         "sample.n": 1000,
         "reference.instruments": ["fashion-mnist-cnn-v1", "random-conv-v1"],
         "sample.ddpm.guidance_scale": 1.0,
+        "sample.ddpm.autoguidance_scale": 1.0,
         "sample.ddpm.steps": 3,
         "sample.vae.components": 3,
     }
@@ -60,10 +62,11 @@ def make_checkout(root: Path, **changes: Any) -> Params:
     save_images(root / "data/pixels", images, {"classes": CLASSES})
     save_vae(root, params, seed=1)
     torch.manual_seed(2)
-    denoiser = make_denoiser(params.ddpm, SHAPE, CLASSES)
-    for parameter in denoiser.parameters():  # an untrained network gives zeros for any label
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_model(denoiser, root / "data/models/ddpm")
+    for folder in ("", GUIDE):
+        denoiser = make_denoiser(params.ddpm, SHAPE, CLASSES)
+        for parameter in denoiser.parameters():  # an untrained network gives zeros for any label
+            torch.nn.init.normal_(parameter, std=0.2)
+        save_model(denoiser, root / "data/models/ddpm" / folder)
     return params
 
 

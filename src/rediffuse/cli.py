@@ -141,6 +141,7 @@ def _number(default: int, help: str) -> Callable[..., Any]:
 @click.option("--sampler", type=SAMPLER, help="Of the DDPM.")
 @click.option("--steps", type=int, help="Of the DDPM's sampler, at most its T.")
 @click.option("--guidance-scale", type=float, help="Of the DDPM; 1: as trained.")
+@click.option("--autoguidance-scale", type=float, help="Of the DDPM; 1: as trained.")
 @click.option("--guidance-interval", type=float, nargs=2, help="Shares of T between which it is used.")
 def generate(output: str, model: str, **options: Any) -> None:
     """Draw images: OUTPUT.png is one grid, OUTPUT.npz holds arrays, any other name is a new folder of PNGs.

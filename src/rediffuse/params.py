@@ -142,6 +142,7 @@ class DDPM(Group):
     blocks: int = Field(ge=1, le=8)
     attention: int = Field(ge=0, le=128)
     dropout: Float = Field(ge=0, lt=1)
+    guide_share: Float = Field(ge=0, lt=1)
     training: Training
 
 
@@ -156,6 +157,7 @@ class SampleDDPM(Group):
     spacing: Literal["even", "karras"]
     eta: Float = Field(ge=0, le=1)
     guidance_scale: Float = Field(ge=0, le=100)
+    autoguidance_scale: Float = Field(ge=0, le=100)
     guidance_interval: list[Annotated[Float, Field(ge=0, le=1)]] = Field(min_length=2, max_length=2)
 
     @model_validator(mode="after")
@@ -163,7 +165,7 @@ class SampleDDPM(Group):
         low, high = self.guidance_interval
         if low >= high:
             raise ValueError(
-                f"guidance_interval ([{low}, {high}]) must rise: guidance_scale is used from the smaller to"
+                f"guidance_interval ([{low}, {high}]) must rise: guidance is used from the smaller to"
                 " the larger share of T; [0, 1] is all t"
             )
         if self.eta and self.sampler != "ddim":
@@ -226,6 +228,11 @@ class Params(Group):
             raise ValueError(
                 f"sample.ddpm.guidance_scale ({scale}) other than 1 needs a model trained with and without"
                 " labels: set it to 1, or ddpm.conditional to true and ddpm.label_drop above 0"
+            )
+        if (scale := self.sample.ddpm.autoguidance_scale) != 1 and not ddpm.guide_share:
+            raise ValueError(
+                f"sample.ddpm.autoguidance_scale ({scale}) other than 1 needs a guide: set it to 1, or"
+                " ddpm.guide_share above 0"
             )
         named = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
         for name, values in named:

@@ -48,7 +48,7 @@ def load(model: str | Path = "ddpm", **settings: Any) -> ImageModel:
     model: vae or ddpm, of the checkout; REVISION:vae or REVISION:ddpm, of a commit or an experiment; a folder
     with a model; or an address of MLflow, models:/NAME@ALIAS or models:/NAME/VERSION.  settings: of sampling,
     instead of those the model comes with: sampler, steps, spacing, eta, guidance_scale,
-    guidance_interval (see params.yaml).
+    autoguidance_scale, guidance_interval (see params.yaml).
     Raises UserError if there is no such model, or the settings do not fit it.
     """
     from rediffuse.inference.model import load_image_model

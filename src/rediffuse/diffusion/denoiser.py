@@ -13,6 +13,8 @@ from rediffuse.diffusion.unet import UNet, unet_arguments
 from rediffuse.runtime.kinds import Kind
 from rediffuse.runtime.weights import Rebuildable
 
+GUIDE = "guide"  # in the folder of a denoiser: an early average of its weights, for autoguidance
+
 
 class Architecture(UNetArchitecture):
     """The arguments of a Denoiser except the images' shape, classes and range."""

@@ -39,7 +39,12 @@ def draw_noising(schedule: Schedule, space: Space, images: Tensor, *, seed: int,
 
 
 def draw_denoising(
-    denoiser: Denoiser, space: Space, sampling: Mapping[str, Any], precision: Precision, folder: Path
+    denoiser: Denoiser,
+    guide: Denoiser | None,
+    space: Space,
+    sampling: Mapping[str, Any],
+    precision: Precision,
+    folder: Path,
 ) -> None:
     """Write denoising.png: the first images of the first seed while they are drawn.
 
@@ -48,7 +53,12 @@ def draw_denoising(
     settings = SampleDDPM(**{name: sampling[name] for name in SampleDDPM.model_fields})
     steps: list[tuple[int, Tensor]] = []
     draw_shard = ddpm_shards(
-        denoiser, settings, precision, space=space, observe=lambda t, x_t, _: steps.append((t, x_t))
+        denoiser,
+        settings,
+        precision,
+        space=space,
+        guide=guide,
+        observe=lambda t, x_t, _: steps.append((t, x_t)),
     )
     last = draw_shard(torch.arange(SHARD), shard_generator(sampling["seeds"][0], 0))
     shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, DENOISING_STEPS).astype(int))]

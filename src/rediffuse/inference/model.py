@@ -24,6 +24,7 @@ from rediffuse.runtime.kinds import Kind, read_config
 from rediffuse.runtime.shards import SHARD, DrawShard, draw, in_shards, shard_generator
 from rediffuse.runtime.weights import load_model
 from rediffuse.sampling.ddpm import ddpm_shards
+from rediffuse.sampling.guidance import load_guide
 from rediffuse.sampling.space import Pixels, load_space
 from rediffuse.sampling.vae import PRIOR, load_prior, vae_shards
 from rediffuse.vae.model import VAE
@@ -184,7 +185,7 @@ def load_image_model(folder: Path, settings: Mapping[str, Any], *, prior: Path |
     if read_config(folder)["kind"] == "vae":
         return _load_vae(folder, _validated(SampleVAE, own), precision, prior)
     # What models packed by earlier versions do not name.
-    before = {"spacing": "even", "guidance_interval": [0.0, 1.0]}
+    before = {"spacing": "even", "guidance_interval": [0.0, 1.0], "autoguidance_scale": 1.0}
     return _load_ddpm(folder, _validated(SampleDDPM, before | own), precision)
 
 
@@ -204,6 +205,7 @@ def _load_ddpm(folder: Path, settings: SampleDDPM, precision: Precision) -> Imag
     denoiser = load_model(Denoiser, folder, device())
     T, space = denoiser.schedule.T, load_space(folder, denoiser.shape, device())
     _check_steps(settings.steps, T)
+    guide = load_guide(folder, settings.autoguidance_scale)
 
     def coder(steps: int | None) -> Coder:
         steps = min(CODING_STEPS, T) if steps is None else steps
@@ -214,7 +216,9 @@ def _load_ddpm(folder: Path, settings: SampleDDPM, precision: Precision) -> Imag
         kind="ddpm",
         shape=space.shape,
         class_names=tuple(name.strip() for name in denoiser.class_names),
-        shards=lambda label: ddpm_shards(denoiser, settings, precision, space=space, label=label),
+        shards=lambda label: ddpm_shards(
+            denoiser, settings, precision, space=space, guide=guide, label=label
+        ),
         coder=coder,
         pixels=isinstance(space, Pixels),
     )

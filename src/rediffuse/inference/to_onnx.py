@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.denoiser import GUIDE, Denoiser
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.weights import load_model
 from rediffuse.vae.latents import has_latents, load_latents
 from rediffuse.vae.model import VAE
 
-NETWORK, DECODER = "model.onnx", "decoder.onnx"
+NETWORK, GUIDE_NETWORK, DECODER = "model.onnx", "guide.onnx", "decoder.onnx"
 OPSET = 18
 CPU = torch.device("cpu")
 
@@ -54,20 +54,26 @@ mixture in prior.safetensors instead."""
 
 
 def _write_ddpm(folder: Path, target: Path) -> tuple[str, dict[str, Any]]:
-    """Write the network, and the decoder of a DDPM in latents.  Returns as `_write_vae`."""
+    """Write the network, its guide, and the decoder of a DDPM in latents.  Returns as `_write_vae`."""
     denoiser = load_model(Denoiser, folder, CPU)
+    networks = {NETWORK: denoiser}
     inputs = {"x_t": torch.zeros(2, *denoiser.shape), "t": torch.ones(2, dtype=torch.int64)}
     usage = f"""\
 `{NETWORK}`: `x_t`, float32 (batch, C, H, W); `t`, int64 (batch), 1 to {denoiser.schedule.T} -> `output`,
 like x_t, the estimate of {denoiser.predict}.  Batch: any.
 `alpha_bar[t]` in config.json, t = 0 to T, is the schedule:
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps and v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+    if (folder / GUIDE).is_dir():
+        networks[GUIDE_NETWORK] = load_model(Denoiser, folder / GUIDE, CPU)
+        usage += f"""
+`{GUIDE_NETWORK}`: the same early in its training.  Autoguidance adds (autoguidance_scale - 1) times the
+difference between both outputs to that of `{NETWORK}`."""
     if n := denoiser.classes:
-        labels = {"labels": torch.zeros(2, dtype=torch.int64)}
-        _write(denoiser, denoiser.forward, inputs | labels, "output", target / NETWORK)
         usage += f"\n`labels`, int64 (batch): 0 to {n - 1}, as numbered in config.json; {n}: no class."
-    else:
-        _write(denoiser, partial(denoiser, labels=None), inputs, "output", target / NETWORK)
+    labels = {"labels": torch.zeros(2, dtype=torch.int64)} if denoiser.classes else {}
+    for name, network in networks.items():
+        function = network.forward if labels else partial(network, labels=None)
+        _write(network, function, inputs | labels, "output", target / name)
     if has_latents(folder):
         latents = load_latents(folder, CPU)
 

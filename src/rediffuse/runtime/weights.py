@@ -40,5 +40,11 @@ def load_model(model_class: type[Model], folder: Path, device: torch.device) -> 
     if not weights.is_file():
         raise UserError(f"{weights} is missing: `dvc repro` trains the model, `dvc pull` fetches one")
     model = model_class(**arguments)
-    model.load_state_dict(load_file(weights))
+    try:
+        model.load_state_dict(load_file(weights))
+    except RuntimeError:  # its message lists every tensor
+        raise UserError(
+            f"{weights} does not fit the layers of a {model_class.kind} here, so another version of rediffuse"
+            " trained it: `dvc repro` trains it anew, or check out the commit that made it"
+        ) from None
     return model.to(device).to(memory_format=torch.channels_last).eval()

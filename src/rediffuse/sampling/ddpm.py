@@ -20,15 +20,23 @@ def ddpm_shards(
     precision: Precision,
     *,
     space: Space | None = None,
+    guide: Denoiser | None = None,
     label: int | None = None,
     observe: Observe | None = None,
 ) -> DrawShard:
     """Return a function that draws a shard of images from the denoiser, which is on `device()`.
 
-    space: of x_0; None: pixels.  label: of all images, without effect on the noise; None: 0, 1, 2, ... in
-    turn if there are classes.  observe: called at each step of the sampler.
+    space: of x_0; None: pixels.  guide: of autoguidance; None: there is none, whatever the settings.  label:
+    of all images, without effect on the noise; None: 0, 1, 2, ... in turn if there are classes.  observe:
+    called at each step of the sampler.
     """
-    denoise = guided(denoiser, settings.guidance_scale, settings.guidance_interval)
+    denoise = guided(
+        denoiser,
+        settings.guidance_scale,
+        settings.guidance_interval,
+        guide=guide,
+        autoguidance_scale=settings.autoguidance_scale,
+    )
     decode = (space or Pixels(denoiser.shape)).decode
     schedule, sampler, eta = denoiser.schedule, SAMPLERS[settings.sampler], settings.eta
     times = SPACINGS[settings.spacing](schedule, settings.steps)

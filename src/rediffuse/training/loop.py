@@ -10,6 +10,7 @@ processes.  Only dropout has a stream for each process.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,15 +24,7 @@ from tqdm import tqdm
 
 from rediffuse.params import Training
 from rediffuse.runtime import processes
-from rediffuse.runtime.device import (
-    Compile,
-    Precision,
-    autocast,
-    compile_parts,
-    computes_bfloat16,
-    seed_for,
-    upload,
-)
+from rediffuse.runtime.device import Compile, Precision, autocast, compile_parts, seed_for, upload
 from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.weights import Rebuildable
 from rediffuse.training.average import Average
@@ -77,6 +70,7 @@ class Trainer(Generic[Model]):
     held-out images nothing is validated.
     name: the group of parameters, and the prefix of logged names.
     validate: measures the averaged model on held_out.
+    keep_at: images after which the average is kept as `early`; 0: it is not.
 
     All that the weights and curves depend on is an argument, so that the `fingerprint` is complete.
     """
@@ -94,11 +88,22 @@ class Trainer(Generic[Model]):
         precision: Precision,
         compile: Compile,
         validate: Callable[[Model, Tensor, Tensor | None], Row],
+        keep_at: int = 0,
         log: Log | None = None,
     ) -> None:
         (self.images, self.labels), self.held_out, self.config = train, held_out, config
         self.model = model.to(self.images.device).to(memory_format=torch.channels_last).train()
-        settings = (name, model.config, type(step).__name__, vars(step), config, seed, precision, compile)
+        settings = (
+            name,
+            model.config,
+            type(step).__name__,
+            vars(step),
+            config,
+            seed,
+            precision,
+            compile,
+            keep_at,
+        )
         data = [tensor for tensor in (*train, *held_out) if tensor is not None]
         tensors = [*self.model.state_dict().values(), *data]
         self.fingerprint = fingerprint(settings, tensors) if processes.is_main() else ""
@@ -108,8 +113,10 @@ class Trainer(Generic[Model]):
         self.validate, self.log = validate, log
         self.steps = config.images // config.batch
         self.average = Average(self.model, config.ema_half_life)
+        self.keep_at = keep_at
+        self.early: Model | None = None
         compile_parts(self.model, self.images.device, compile)
-        self.optimizers = make_optimizers(self.model, config, precision)
+        self.optimizers = make_optimizers(self.model, config)
         self.rates = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in self.optimizers]
         self.stream = (processes.rank(),) if processes.world_size() > 1 else ()
         self.done = 0
@@ -157,6 +164,8 @@ class Trainer(Generic[Model]):
             optimizer.step()
             rate.step()
         self.average.update(self.model, seen=seen + config.batch, batch=config.batch)
+        if seen < self.keep_at <= seen + config.batch:
+            self.early = copy.deepcopy(self.average.model).eval()
         self.done += 1
         for key, measure in measures.items():  # summed on the device: reading a value would wait for it
             self.sums[key] = self.sums[key] + measure if key in self.sums else measure
@@ -226,6 +235,8 @@ class Trainer(Generic[Model]):
                 f" {_in_words(**now)}: the result will differ from that of an undisturbed run by rounding"
             )
             print(message, file=sys.stderr, flush=True)
+        if "early" in state:
+            self.early = copy.deepcopy(self.average.model).eval()
         for key, part in self._parts().items():
             part.load_state_dict(state[key])
         self.done = state["done"]
@@ -246,11 +257,13 @@ class Trainer(Generic[Model]):
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
         models = {"model": self.model, "average": self.average.model}
+        if self.early is not None:
+            models["early"] = self.early
         optimizers = {f"optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)}
         return {**models, **optimizers, **{f"rate {i}": rate for i, rate in enumerate(self.rates)}}
 
 
-def make_optimizers(model: nn.Module, config: Training, precision: Precision) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: Training) -> list[torch.optim.Optimizer]:
     """Return AdamW; or Muon for the matrices and AdamW for the rest."""
     decay, chosen = config.weight_decay, matrices(model) if config.optimizer == "muon" else []
     rest = {id(parameter): parameter for parameter in model.parameters()}
@@ -259,9 +272,7 @@ def make_optimizers(model: nn.Module, config: Training, precision: Precision) ->
     adamw = torch.optim.AdamW(rest.values(), lr=config.lr, weight_decay=decay, fused=True)
     if not chosen:
         return [adamw]
-    fast = precision == "auto" and computes_bfloat16(chosen[0].device)
-    dtype = torch.bfloat16 if fast else torch.float32
-    return [adamw, Muon(chosen, config.muon_lr, weight_decay=decay, dtype=dtype)]
+    return [adamw, Muon(chosen, config.muon_lr, weight_decay=decay)]
 
 
 class _Loss(nn.Module):

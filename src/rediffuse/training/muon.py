@@ -6,7 +6,7 @@ It trains the weights of convolutions and dense layers; AdamW trains the rest: b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,47 +22,49 @@ def matrices(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return matrices (..., m, n) with the same singular vectors and singular values near 1, 0.7 to 1.2.
+def orthogonalise(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return matrices (m, n) with the same singular vectors and singular values near 1, 0.7 to 1.2.
 
-    Newton-Schulz iteration: odd polynomials of the matrix act on the singular values alone.  In the dtype of
-    the matrix; bfloat16 is enough.
+    Newton-Schulz iteration: odd polynomials of a matrix X act on its singular values alone.  X p(X^T X) =
+    q(X X^T) X, so the steps work on the Gram matrix X X^T of the smaller side, all those of one size in one
+    multiplication, and the large matrix is multiplied once at the end.  That needs the precision of float32.
     """
-    x: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix  # the smaller Gram matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the largest singular value is then at most 1
-    for _ in range(STEPS):
-        gram = x @ x.mT
-        x = A * x + (B * gram + C * gram @ gram) @ x
-    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+    wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]  # no singular value is then above 1
+    alike: dict[int, list[int]] = {}
+    for i, x in enumerate(wide):
+        alike.setdefault(len(x), []).append(i)
+    for members in alike.values():
+        gram = torch.stack([wide[i] @ wide[i].mT for i in members])
+        product = one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        for _ in range(STEPS):
+            factor = A * one + B * gram + C * gram @ gram
+            product, gram = factor @ product, factor @ gram @ factor
+        for i, factor in zip(members, product, strict=True):
+            wide[i] = factor @ wide[i]
+    return [x if x.shape == matrix.shape else x.mT for x, matrix in zip(wide, matrices, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum.  A convolution is the matrix (out, in x height x width).
 
     lr: length of a step for a square matrix; one with more rows than columns moves sqrt(rows / columns)
-    times as far.  weight_decay: decoupled, as in AdamW.  dtype: of the Newton-Schulz iteration.
+    times as far.  weight_decay: decoupled, as in AdamW.
     """
 
-    def __init__(
-        self, parameters: Iterable[Tensor], lr: float, *, weight_decay: float, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float, *, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    gradient = self._nesterov(parameter).flatten(1)
-                    alike.setdefault(gradient.shape, []).append((parameter, gradient))
-            for (rows, columns), pairs in alike.items():  # matrices of one shape in one multiplication
-                directions = orthogonalise(torch.stack([gradient for _, gradient in pairs]).to(self.dtype))
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = orthogonalise([self._nesterov(parameter).flatten(1) for parameter in parameters])
+            for parameter, direction in zip(parameters, directions, strict=True):
+                rows, columns = direction.shape
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 length = group["lr"] * max(1, rows / columns) ** 0.5
-                for (parameter, _), direction in zip(pairs, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(direction.view(parameter.shape).to(parameter.dtype), alpha=length)
+                parameter.sub_(direction.view(parameter.shape), alpha=length)
 
     def _nesterov(self, parameter: Tensor) -> Tensor:
         """Update the momentum; return the gradient that looks ahead by it."""

@@ -3,7 +3,8 @@
 With labels y: q(z|x,y), p(x|z,y), and p(z) independent of y (Kingma et al. 2014, M2; Sohn et al. 2015).
 
 Encoder: convolutions that halve the image, flatten, a dense layer, then two heads, mean and log-variance.
-Decoder: dense layers, transposed convolutions that double the image, sigmoid.  ReLU between all layers.
+Decoder: dense layers, transposed convolutions that double the image, a residual block before the last,
+sigmoid.  ReLU between all layers.
 With a spatial latent the dense layers are convolutions, and each position has its own latent.
 """
 
@@ -16,7 +17,7 @@ from typing import ClassVar, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, relu
 
 from rediffuse.runtime.kinds import Kind
 from rediffuse.runtime.weights import Rebuildable
@@ -82,10 +83,11 @@ class VAE(Rebuildable):
             self.mean, self.log_variance = (nn.Linear(hidden, self.latent_dim) for _ in range(2))
             dense = [nn.Linear(self.latent_dim, hidden), nn.ReLU(), nn.Linear(hidden, flat), nn.ReLU()]
             first = [*dense, nn.Unflatten(1, features)]
-        outputs = [*channels[-2::-1], channels[0]]
-        up = [_up(a, b, size) for a, b, size in zip(channels[::-1], outputs, sizes[-2::-1], strict=True)]
-        to_pixels = nn.Conv2d(channels[0], shape[0], 3, padding=1)
-        self.decoder = LabelSequential(*first, *up, to_pixels, **by_label)
+        levels = zip(channels[:0:-1], channels[-2::-1], sizes[-2:0:-1], strict=True)
+        up = [nn.Sequential(_double(*level, kernel=3), nn.ReLU()) for level in levels]
+        # No features at full size: they would take half the time of a training step.
+        to_pixels = [ResidualBlock(channels[0]), _double(channels[0], shape[0], sizes[0], kernel=5)]
+        self.decoder = LabelSequential(*first, *up, *to_pixels, **by_label)
         self.log_sigma = nn.Parameter(torch.zeros(()), requires_grad=self.likelihood == "gaussian")
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -134,6 +136,19 @@ class LabelSequential(nn.Sequential):
         return input
 
 
+class ResidualBlock(nn.Module):
+    """Add two convolutions to x, which start as zero (He et al. 2016)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv_1, self.conv_2 = (nn.Conv2d(features, features, 3, padding=1) for _ in range(2))
+        for parameter in self.conv_2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(x + self.conv_2(relu(self.conv_1(x))))
+
+
 def reparameterise(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
     """Return z = mean + sigma * eps with eps ~ N(0, I), a sample of q(z|x) (Kingma & Welling 2014, eq. 4)."""
     return mean + (0.5 * log_variance).exp() * eps
@@ -152,8 +167,7 @@ def _down(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU())
 
 
-def _up(inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:
-    """Double the size; one row or column less where the encoder rounded up."""
+def _double(inputs: int, outputs: int, size: tuple[int, int], *, kernel: int) -> nn.Module:
+    """Double the size, to this one; one row or column less where the encoder rounded up."""
     padding = ((size[0] + 1) % 2, (size[1] + 1) % 2)
-    double = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=padding)
-    return nn.Sequential(double, nn.ReLU())
+    return nn.ConvTranspose2d(inputs, outputs, kernel, 2, padding=kernel // 2, output_padding=padding)
