@@ -16,7 +16,7 @@ RECORDED = {
     "curve.csv": "9bdff40dbe91fce711bbd180e4a2b5ff7d3dccdf52ef79b199b318b8082c6291",
     "images.npy": "4517d353bccba3849c98d483a7b9f4f36e5f98129e71bcf98493e5931c66fecb",
     "model/config.json": "1d9724626edc353c0c615ccb09ed0ea604dc5ca62cb533111d29867cf5b3eb84",
-    "model/model.safetensors": "c85885efa82becf51677b76d2f13d2b129cd0d779e51e0f68abc6993445b4583",
+    "model/model.safetensors": "ef637384f51c692328e223917687c75a050d6d316f3e4dd7eb0c828e79e3e4ae",
     "picture.png": "f1b6de946bc1674511ff99030b65ab29c8c3897636a97a8f0cf3533842a9194e",
     "record.json": "8fba6b016ae144f544ef1483f5da9ccb45746cc16dc6ec1fe14e7fe86b7a6ffc",
 }

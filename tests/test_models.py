@@ -8,11 +8,13 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from mlflow.exceptions import RestException
 from servers import HOST, clean_environment, free_port, serving
 from tiny_checkout import CLASSES, make_checkout, save_vae, write_params
 
@@ -32,6 +34,7 @@ from rediffuse.tracking.sync import complete
 from rediffuse.tracking.writer import RowWriter
 from rediffuse.vae.model import VAE
 
+GUIDED = {"sample.ddpm.autoguidance_scale": 1.5}
 REQUEST = {"n": 3, "label": "Ankle boot", "seed": 5}
 
 
@@ -64,7 +67,8 @@ def lock_models(root):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models") / "checkout"
-    make_checkout(root, sample__ddpm__autoguidance_scale=1.5)
+    make_checkout(root)
+    write_params(root, GUIDED)
     lock_models(root)
     return root
 
@@ -154,9 +158,9 @@ def test_a_version_belongs_to_content_and_settings(store, checkout):
     known = addresses(store.client, first, checkout)
     assert addresses(store.client, first, checkout) == known
     assert addresses(store.client, second, checkout) == known  # an experiment that shares the models
-    write_params(checkout, {"sample.ddpm.steps": 4})
+    write_params(checkout, GUIDED | {"sample.ddpm.steps": 4})
     assert addresses(store.client, second, checkout) == known | {"ddpm": "models:/rediffuse-ddpm/2"}
-    params = write_params(checkout, {})
+    params = write_params(checkout, GUIDED)
     save_vae(checkout, params, seed=5)
     lock_models(checkout)
     assert addresses(store.client, second, checkout) == known | {"vae": "models:/rediffuse-vae/2"}
@@ -174,7 +178,7 @@ def test_a_preview_is_the_same_each_time_and_leaves_the_random_state(checkout):
 
 
 def test_only_what_the_lock_names_is_registered(store, checkout):
-    save_vae(checkout, write_params(checkout, {}), seed=5)  # trained again, as while `dvc repro` runs
+    save_vae(checkout, write_params(checkout, GUIDED), seed=5)  # trained again, as while `dvc repro` runs
     assert set(addresses(store.client, store.row(), checkout)) == {"ddpm"}
     shutil.rmtree(checkout / "data/models/ddpm")
     assert addresses(store.client, store.row(), checkout) == {}
@@ -236,7 +240,7 @@ def test_the_hash_of_a_folder_is_that_of_dvc(tmp_path, monkeypatch):
 def test_promote_moves_the_alias(store, checkout):
     one, two = store.row("one"), store.row("two")
     addresses(store.client, one, checkout)
-    write_params(checkout, {"sample.ddpm.steps": 4})
+    write_params(checkout, GUIDED | {"sample.ddpm.steps": 4})
     for kind, address in addresses(store.client, two, checkout).items():
         store.client.set_tag(two.info.run_id, f"model.{kind}", address)
 
@@ -333,3 +337,21 @@ def test_a_served_model_gives_the_bytes_that_generate_gives(store, checkout, cha
         assert status == 400 and "at least 1, got 0" in text
         assert ask(url, {"seed": 5})[0] == 400
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(("code", "calls"), [("BAD_REQUEST", 2), ("INTERNAL_ERROR", 1)])
+def test_a_data_set_that_another_row_adds_meanwhile_is_tried_once_more(store, monkeypatch, code, calls):
+    """MLflow looks for a data set, then inserts it: PostgreSQL refuses the second of two rows at once."""
+    writer, tried = RowWriter(store.client, store.row()), []
+    log_inputs = store.client.log_inputs
+
+    def fail_once(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise RestException({"error_code": code, "message": "UniqueViolation"})
+        log_inputs(*arguments)
+
+    monkeypatch.setattr(store.client, "log_inputs", fail_once)
+    with nullcontext() if calls == 2 else pytest.raises(RestException):
+        writer.log_dataset("toy", "0f0f", {"md5": "0f0f"}, {"classes": []})
+    assert len(tried) == calls and len(writer.row.inputs.dataset_inputs) == calls - 1

@@ -141,6 +141,7 @@ class RowWriter:
     ) -> None:
         """Write what the models learn from, as an input of the row."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         if any(entry.dataset.digest == digest for entry in self.row.inputs.dataset_inputs):
             return
@@ -150,7 +151,14 @@ class RowWriter:
             profile = json.dumps(short, sort_keys=True)
         dataset = Dataset(name, digest, "dvc", json.dumps(source), profile=profile)
         tags = [InputTag("mlflow.data.context", "training")]
-        self.client.log_inputs(self.id, [DatasetInput(dataset, tags)])
+        inputs = [DatasetInput(dataset, tags)]
+        try:
+            self.client.log_inputs(self.id, inputs)
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST":
+                raise
+            # MLflow looks for the data set and then adds it; between the two another row has added it.
+            self.client.log_inputs(self.id, inputs)
         self.row = self.client.get_run(self.id)
 
     def flush(self) -> None:
