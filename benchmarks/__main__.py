@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks.report import PARTS, Settings, about, markdown
+from benchmarks.report import PARTS, RESULTS, Settings, about, markdown
 from rediffuse.runtime.errors import UserError
 
+TABLES = RESULTS / "results.md"
 PEERS = ("diffusers", "denoising_diffusion_pytorch", "ema_pytorch", "pythae")
-RESULTS = Path("benchmarks/results/results.md")
 
 
 @click.command(help=f"Measure PARTs, of: {', '.join(PARTS)}; all by default.  Run nothing else meanwhile.")
@@ -20,7 +20,7 @@ RESULTS = Path("benchmarks/results/results.md")
 @click.option("--turns", default=3, show_default=True, type=click.IntRange(1), help="Of each contender.")
 @click.option("--seconds", default=600.0, show_default=True, help="Seconds of training in `quality`.")
 @click.option("--quick", is_flag=True, help="Use tiny numbers, to check that the code runs.")
-@click.option("--out", default=RESULTS, show_default=True, type=Path, help="File to append the tables to.")
+@click.option("--out", default=TABLES, show_default=True, type=Path, help="File to append the tables to.")
 def main(parts: tuple[str, ...], turns: int, seconds: float, quick: bool, out: Path) -> None:
     settings = Settings(turns, seconds, quick)
     if failed := [part for part in parts or PARTS if not run(part, settings, out)]:

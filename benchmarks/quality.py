@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import ours, peers, training
-from benchmarks.report import RATIO, Cell, Settings, Table
+from benchmarks.report import RATIO, RESULTS, Cell, Settings, Table
 from benchmarks.workers import Workers
 from rediffuse.evaluation.fidelity import frechet_distance
 from rediffuse.evaluation.instruments import make_instrument
@@ -43,7 +43,6 @@ N, N_QUICK = 5000, 256  # images drawn; a distance needs twice as many as its in
 SETS = 3  # of real images, for the floor
 LR, EVALUATIONS = 1e-3, 50  # of the peers
 QUICK_STEPS = 10
-KEPT = Path("benchmarks/results")
 
 Draw = Callable[[], torch.Tensor]
 
@@ -57,8 +56,8 @@ def measure(settings: Settings) -> list[Table]:
         with Workers({name: partial(contender, steps, n, recipe)}) as workers:
             done[name] = workers.turns(1)[name][0] | {"images": steps * batch, "rate": rate}
         if not settings.quick:
-            KEPT.mkdir(parents=True, exist_ok=True)
-            np.save(KEPT / f"{name.partition(',')[0]}.npy", done[name]["samples"])
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            np.save(RESULTS / f"{name.partition(',')[0]}.npy", done[name]["samples"])
     splits = load_fashion_mnist()
     title = f"{QUICK_STEPS} steps" if settings.quick else f"{settings.seconds:.0f} s"
     names = INSTRUMENTS[1:] if settings.quick else INSTRUMENTS

@@ -17,6 +17,7 @@ PARTS = (
     *("training", "sampling", "vae", "startup", "evaluation", "growth"),
     *("steps", "quality", "rulers", "gpu"),
 )
+RESULTS = Path("benchmarks/results")
 RATIO = "ratio"  # how many times as good as this row ours is
 PACKAGES = (
     *("torch", "numpy", "diffusers", "denoising-diffusion-pytorch", "pythae", "torch-fidelity"),

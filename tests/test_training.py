@@ -120,13 +120,8 @@ class Log:
 def training(**changes: Any) -> Training:
     defaults: dict[str, Any] = {"images": 60, "batch": 4, "clip_norm": 1.0, "ema_half_life": 10}
     defaults |= {"lr": 0.01, "lr_warmup": 8, "lr_decay": "cosine", "weight_decay": 0.1}
-    defaults |= {
-        "optimizer": "adamw",
-        "muon_lr": 0.02,
-        "log_every": 7,
-        "validate_every": 16,
-        "checkpoint_every": 12,
-    }
+    defaults |= {"optimizer": "adamw", "muon_lr": 0.02}
+    defaults |= {"log_every": 7, "validate_every": 16, "checkpoint_every": 12}
     return Training(**(defaults | changes))
 
 

@@ -68,9 +68,10 @@ x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps and v = sqrt(alpha_bar) eps 
         usage += f"""
 `{GUIDE_NETWORK}`: the same early in its training.  Autoguidance adds (autoguidance_scale - 1) times the
 difference between both outputs to that of `{NETWORK}`."""
+    labels = {}
     if n := denoiser.classes:
+        labels["labels"] = torch.zeros(2, dtype=torch.int64)
         usage += f"\n`labels`, int64 (batch): 0 to {n - 1}, as numbered in config.json; {n}: no class."
-    labels = {"labels": torch.zeros(2, dtype=torch.int64)} if denoiser.classes else {}
     for name, network in networks.items():
         function = network.forward if labels else partial(network, labels=None)
         _write(network, function, inputs | labels, "output", target / name)
