@@ -21,7 +21,9 @@ from rediffuse.figures.scores import class_chart
 from rediffuse.inference.model import load_image_model
 from rediffuse.runtime.device import to_device
 from rediffuse.runtime.errors import UserError
-from rediffuse.sources import folder
+from rediffuse.sources import own
+from rediffuse.sources.folder import ImageFiles
+from rediffuse.sources.found import Found
 
 STAGES = [
     *("prepare", "reference", "train_vae", "encode", "train_ddpm", "sample_vae", "sample_ddpm"),
@@ -121,7 +123,7 @@ def test_ten_images_go_all_the_way(run, capsys):
     [
         ((17, 23), "RGB", {"vae__likelihood": "gaussian", "ddpm__flip": True, "ddpm__predict": "eps"}),
         ((17, 23), "L", {"ddpm__space": "latents", "vae__latent_channels": 2, "ddpm__fold": 1}),
-        ((128, 16), "L", {"ddpm__fold": 4, "ddpm__multipliers": [1] * 5, "vae__channels": [8] * 5}),
+        ((256, 16), "L", {"ddpm__fold": 4, "ddpm__multipliers": [1] * 5, "vae__channels": [8] * 5}),
     ],
     ids=["pixels", "latents", "largest and smallest, halved five times"],
 )
@@ -133,7 +135,7 @@ def test_sizes(run, size, mode, changes):
         assert np.load(f"data/samples/{model}/1/images.npy").shape == shape
 
 
-@pytest.mark.parametrize(("size", "mode"), [((16, 16), "RGB"), ((17, 128), "L")])
+@pytest.mark.parametrize(("size", "mode"), [((16, 16), "RGB"), ((17, 256), "L")])
 def test_instruments_measure_all_sizes_or_name_a_remedy_that_works(run, size, mode):
     fill("in", 300, size=size, mode=mode)
     words = r"at least 128.*raise data\.test_share.*reference\.instruments: \[\]"
@@ -151,7 +153,6 @@ NAMES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Japanese
 def test_class_names_of_any_kind(run):
     for i, name in enumerate(NAMES):
         fill(f"in/{name}", 6, first=10 * i)
@@ -166,7 +167,6 @@ def test_class_names_of_any_kind(run):
         model.label("dog")
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Japanese
 @pytest.mark.parametrize("names", [NAMES, [f"class {i}" for i in range(1000)]], ids=["any names", "many"])
 def test_a_chart_of_any_classes_stays_small(names):
     scores = {"fd": {"mean": 2.0, "min": 1.0, "max": 3.0}}
@@ -177,8 +177,11 @@ def test_a_chart_of_any_classes_stays_small(names):
 
 
 def test_one_class(run):
-    fill("in/only", 12)
-    run()
+    fill("set/only", 12)
+    images = np.stack([np.asarray(Image.open(f"set/only/{i}.png")) for i in range(12)])
+    np.savez("in.npz", images=images, labels=np.full(12, 7))
+    run(data__path="in.npz")
+    assert json.loads(Path("data/pixels/manifest.json").read_text())["classes"] == ["7"]
     assert record("ddpm")["instruments"] == {}
     assert (np.load("data/samples/ddpm/1/labels.npy") == 0).all()
 
@@ -187,12 +190,15 @@ def test_thousands_of_classes(run, monkeypatch, capsys):
     """One file under 2,000 names, with other pixels each time: real files would take long."""
     numbers = itertools.count()
 
-    def made(path, shape):
+    def made(image, shape, **_):
         return np.random.RandomState(next(numbers)).randint(0, 256, shape).astype(np.uint8)
 
     names = tuple(f"class {i:05}" for i in range(2_000))
-    monkeypatch.setattr(folder, "decode", made)
-    monkeypatch.setattr(folder, "find_images", lambda path: (["x.png"] * 2_000, [*range(2_000)], names))
+    Image.new("L", (16, 16)).save("x.png")
+    found = Found(ImageFiles(["x.png"] * 2_000), [*range(2_000)], names)
+    monkeypatch.setattr(own, "decode", made)
+    monkeypatch.setattr(own, "find_images", lambda *_, **__: found)
+    Path("in").mkdir()
     run(data__channels=1, evaluate__accuracy_images=128, **MEASURED)
     assert "sample.n (128) is less than the 2,000 classes" in capsys.readouterr().err
     [part] = record("ddpm")["instruments"].values()

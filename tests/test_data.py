@@ -5,27 +5,35 @@ The sources are tested with a tiny set of the published form; its hashes and arc
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import http.server
+import io
 import os
+import pickle
 import shutil
 import struct
 import subprocess
+import tarfile
 import threading
+import zipfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import get_args
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+import scipy.io
 
 from rediffuse.images.image_set import ImageSet, load_images, save_images
+from rediffuse.params import SIDES, Data
 from rediffuse.runtime.errors import UserError
 from rediffuse.sources import fashion_mnist, published
 from rediffuse.sources.fashion_mnist import CLASSES, load_fashion_mnist
-from rediffuse.sources.published import load_cifar10, load_mnist
+from rediffuse.sources.published import SETS, TORCHVISION, load_mnist, load_published
 from rediffuse.sources.splits import describe, hold_out
 
 datasets = pytest.importorskip("torchvision.datasets")
@@ -110,7 +118,7 @@ def mirror(tmp_path, monkeypatch):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(files))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for dataset in (datasets.MNIST, datasets.FashionMNIST):
+        for dataset in (datasets.MNIST, datasets.FashionMNIST, datasets.KMNIST):
             monkeypatch.setattr(dataset, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
             monkeypatch.setattr(dataset, "resources", md5)
         yield
@@ -119,7 +127,12 @@ def mirror(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("mirror")
 @pytest.mark.parametrize(
-    ("load", "folder"), [(load_fashion_mnist, "data/raw"), (load_mnist, "data/raw/MNIST/raw")]
+    ("load", "folder"),
+    [
+        (load_fashion_mnist, "data/raw"),
+        (load_mnist, "data/raw/MNIST/raw"),
+        (SETS["kmnist"][1], "data/raw/KMNIST/raw"),
+    ],
 )
 def test_a_download_is_kept_in_the_parent_checkout(tmp_path, monkeypatch, capsys, load, folder):
     (tmp_path / "parent").mkdir()
@@ -172,8 +185,7 @@ def test_debian_archive_is_fetched_and_unpacked_without_root(tmp_path, monkeypat
     ("load", "words"),
     [
         (load_fashion_mnist, ["data/raw: nothing there", "no apt-get", "no network: ", *CONTENT]),
-        (load_mnist, [*CONTENT, "data/raw/MNIST/raw"]),
-        (load_cifar10, ["cifar-10-python.tar.gz into", "data/raw"]),
+        (load_mnist, ["MNIST could", "not known", *CONTENT, "data/raw/MNIST/raw"]),
     ],
 )
 def test_without_any_source_the_place_for_the_files_is_named(monkeypatch, load, words):
@@ -200,18 +212,245 @@ def test_the_classes_are_those_of_torchvision():
     assert list(CLASSES) == datasets.FashionMNIST.classes
 
 
-def test_cifar10_as_torchvision_reads_it(monkeypatch):
-    pixels = np.random.RandomState(0).randint(0, 256, (2, 10, 32, 32, 3)).astype(np.uint8)
+# The sets of torchvision: tiny, in the format in which they are published
 
-    def cifar10(root, train, download):
-        assert download and Path(root) == Path("data/raw").absolute()
-        return SimpleNamespace(data=pixels[int(train)], targets=[0, 1] * 5, classes=["cat", "dog"])
 
-    monkeypatch.setattr(datasets, "CIFAR10", cifar10)
-    for name, split in load_cifar10().items():
-        expected = pixels[int(name == "train")].transpose(0, 3, 1, 2)
-        np.testing.assert_array_equal(split.images, expected)
-        assert split.labels.tolist() == [0, 1] * 5 and split.classes == ("cat", "dog")
+def tiny(name: str, n: int, seed: int) -> ImageSet:
+    """Return images of the shape of the set, of no symmetry, and every label at least once."""
+    side = {"usps": 16, "stl10": 96, "svhn": 32, "cifar10": 32, "cifar100": 32}.get(name, 28)
+    classes = CLASSES_OF.get(name, tuple("0123456789"))
+    shape = (n, 3 if side in (32, 96) else 1, side, side)
+    labels = np.random.RandomState(seed).permutation(np.arange(n) % len(classes))
+    return ImageSet(np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8), labels, classes)
+
+
+CLASSES_OF = {
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "emnist-letters": tuple("abcdefghijklmnopqrstuvwxyz"),
+    "emnist-balanced": tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"),
+    "cifar10": ("cat", "dog"),  # these two sets name their classes themselves
+    "cifar100": ("apple", "aquarium_fish", "baby"),
+    "stl10": ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+}
+
+
+def tar(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def mnist_files(dataset, splits):
+    names = [url.rpartition("/")[2] for url, _ in dataset.resources]
+    arrays = [array for split in splits.values() for array in (split.images[:, 0], split.labels)]
+    content = {name: gzip.compress(idx(array)) for name, array in zip(names, arrays, strict=True)}
+    return content, {"resources": [(name, md5(each)) for name, each in content.items()]}
+
+
+def qmnist_files(dataset, splits):
+    content, resources = {}, {}
+    for split, images in splits.items():
+        table = np.full((len(images), 8), 77, ">i4")  # of the writer and others
+        table[:, 0] = images.labels
+        labels = struct.pack(">BBBB2I", 0, 0, 12, 2, *table.shape) + table.tobytes()
+        files = [gzip.compress(idx(images.images[:, 0])), gzip.compress(labels)]
+        names = [url.rpartition("/")[2] for url, _ in dataset.resources[split]]
+        content |= dict(zip(names, files, strict=True))
+        resources[split] = [(f"http://nowhere/{name}", md5(content[name])) for name in names]
+    return content, {"resources": resources}
+
+
+def emnist_files(part, dataset, splits):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for split, images in splits.items():
+            lying = idx(images.images[:, 0].transpose(0, 2, 1))
+            labels = idx(images.labels + (part == "letters"))
+            archive.writestr(f"gzip/emnist-{part}-{split}-images-idx3-ubyte.gz", gzip.compress(lying))
+            archive.writestr(f"gzip/emnist-{part}-{split}-labels-idx1-ubyte.gz", gzip.compress(labels))
+    content = {"gzip.zip": buffer.getvalue()}
+    return content, {"md5": md5(content["gzip.zip"])}
+
+
+def cifar_files(key, dataset, splits):
+    batches = [name for name, _ in dataset.train_list], [name for name, _ in dataset.test_list]
+    members, lists = {}, []
+    for names, images in zip(batches, splits.values(), strict=True):
+        for name, chosen in zip(names, np.array_split(np.arange(len(images)), len(names)), strict=True):
+            rows, labels = images.images[chosen].reshape(len(chosen), -1), images.labels[chosen].tolist()
+            members[name] = pickle.dumps({"data": rows, key: labels, "coarse_labels": [7] * len(rows)})
+        lists.append([[name, md5(members[name])] for name in names])
+    meta = pickle.dumps({dataset.meta["key"]: list(images.classes), "coarse_label_names": ["fish"]})
+    members[dataset.meta["filename"]] = meta
+    archive = tar({f"{dataset.base_folder}/{name}": each for name, each in members.items()})
+    patches = {"train_list": lists[0], "test_list": lists[1], "meta": dataset.meta | {"md5": md5(meta)}}
+    return {dataset.filename: archive}, patches | {"tgz_md5": md5(archive)}
+
+
+def svhn_files(dataset, splits):
+    content = {}
+    for split, images in splits.items():
+        buffer = io.BytesIO()
+        digits = np.where(images.labels == 0, 10, images.labels).astype(np.uint8)[:, None]
+        scipy.io.savemat(buffer, {"X": images.images.transpose(2, 3, 1, 0), "y": digits})
+        content[f"{split}_32x32.mat"] = buffer.getvalue()
+    return content, listed(dataset, content)
+
+
+def stl10_files(dataset, splits):
+    members = {"unlabeled_X.bin": bytes(3 * 96 * 96)}
+    for split, images in splits.items():
+        members[f"{split}_X.bin"] = images.images.transpose(0, 1, 3, 2).tobytes()
+        members[f"{split}_y.bin"] = (images.labels + 1).astype(np.uint8).tobytes()
+    archive = tar({f"stl10_binary/{name}": content for name, content in members.items()})
+    patches = {
+        files: [[name, md5(members[name])] for name, _ in getattr(dataset, files)]
+        for files in ("train_list", "test_list")
+    }
+    return {dataset.filename: archive}, patches | {"tgz_md5": md5(archive)}
+
+
+def usps_files(dataset, splits):
+    content = {}
+    for images, name in zip(splits.values(), ("usps.bz2", "usps.t.bz2"), strict=True):
+        values = (images.images.reshape(len(images), -1) + 0.5) / 127.5 - 1  # torchvision rounds down
+        lines = [
+            f"{label + 1} " + " ".join(f"{i}:{value:.6f}" for i, value in enumerate(row, 1))
+            for label, row in zip(images.labels, values, strict=True)
+        ]
+        content[name] = bz2.compress("\n".join(lines).encode())
+    return content, listed(dataset, content)
+
+
+def listed(dataset, content):
+    files = zip(("train", "test"), content.items(), strict=True)
+    return {"split_list": {split: ["http://nowhere", name, md5(each)] for split, (name, each) in files}}
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+FILES_OF = {
+    "kmnist": mnist_files,
+    "qmnist": qmnist_files,
+    "emnist-digits": partial(emnist_files, "digits"),
+    "emnist-letters": partial(emnist_files, "letters"),
+    "emnist-balanced": partial(emnist_files, "balanced"),
+    "usps": usps_files,
+    "cifar10": partial(cifar_files, "labels"),
+    "cifar100": partial(cifar_files, "fine_labels"),
+    "svhn": svhn_files,
+    "stl10": stl10_files,
+}
+
+
+def publish_tiny(name: str, seed: int) -> tuple[dict[str, ImageSet], dict[str, bytes], dict[str, object]]:
+    """Return a tiny set, its archives, and what torchvision's class must know to accept them."""
+    splits = {"train": tiny(name, 60, seed), "test": tiny(name, 50, seed + 1)}
+    return splits, *FILES_OF[name](getattr(datasets, TORCHVISION[name].dataset), splits)
+
+
+def place_tiny(name: str, monkeypatch) -> tuple[dict[str, ImageSet], list[Path]]:
+    """Write the archives of a tiny set into data/raw, tell torchvision their MD5, and cut the network."""
+    dataset = getattr(datasets, TORCHVISION[name].dataset)
+    splits, content, patches = publish_tiny(name, seed=1)
+    for attribute, value in patches.items():
+        monkeypatch.setattr(dataset, attribute, value)
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    folder = Path("data/raw") / (f"{dataset.__name__}/raw" if "mnist" in name else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, each in content.items():
+        (folder / file).write_bytes(each)
+    return splits, [folder / file for file in content]
+
+
+def assert_equal(splits: Mapping[str, ImageSet], expected: Mapping[str, ImageSet]) -> None:
+    assert splits.keys() == expected.keys()
+    for name, split in splits.items():
+        np.testing.assert_array_equal(split.images, expected[name].images)
+        np.testing.assert_array_equal(split.labels, expected[name].labels)
+        assert split.classes == expected[name].classes
+        assert split.images.flags.c_contiguous and SIDES[0] <= split.shape[1] <= SIDES[1]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_placed_archives_are_read_as_published(monkeypatch, name):
+    """Upright, as uint8 (N, C, H, W), with labels from 0 that all have a name; and again the second time."""
+    expected, _ = place_tiny(name, monkeypatch)
+    for _ in range(2):
+        splits, about = load_published(name)
+        assert_equal(splits, expected)
+    assert list(about) == ["set", "description", "source", "citation", "licence"] and about["set"] == name
+    assert [*Path("data/raw").glob(".*")] == []
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_an_altered_archive_is_neither_read_nor_touched(monkeypatch, name):
+    _, files = place_tiny(name, monkeypatch)
+    altered = publish_tiny(name, seed=5)[1][files[-1].name]  # other images, in the right format
+    files[-1].write_bytes(altered)
+    with pytest.raises(
+        UserError, match=rf"{name} could not .*\n.*{files[-1]} is there, but is not the published"
+    ):
+        load_published(name)
+    assert files[-1].read_bytes() == altered
+
+
+@pytest.mark.parametrize(
+    ("name", "unpacked"),
+    [
+        ("kmnist", "t10k-images-idx3-ubyte"),
+        ("emnist-digits", "emnist-digits-test-images-idx3-ubyte"),
+        ("cifar10", "cifar-10-batches-py/test_batch"),
+        ("cifar100", "cifar-100-python/test"),
+        ("stl10", "stl10_binary/test_X.bin"),
+    ],
+)
+def test_altered_unpacked_files_are_not_read(monkeypatch, name, unpacked):
+    expected, [archive, *_] = place_tiny(name, monkeypatch)
+    load_published(name)  # leaves the unpacked files of some sets
+    for file in (archive.parent / unpacked, archive.parent / unpacked.replace("images-idx3", "labels-idx1")):
+        file.write_bytes(idx(np.zeros((50, 28, 28) if "images" in unpacked else 50)))
+    assert_equal(load_published(name)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_an_unpacked_set_needs_no_archive(monkeypatch, name):
+    expected, [archive] = place_tiny(name, monkeypatch)
+    shutil.unpack_archive(archive, archive.parent)
+    archive.unlink()
+    assert_equal(load_published(name)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("kmnist", r"train-images-idx3-ubyte\.gz, .*t10k-labels-.* into .*/data/raw/KMNIST/raw"),
+        ("qmnist", r"qmnist-train-images-idx3-ubyte\.gz, .*qmnist-test-.* into .*/data/raw/QMNIST/raw"),
+        ("emnist-letters", r"gzip\.zip into .*/data/raw/EMNIST/raw"),
+        ("usps", r"usps\.bz2, usps\.t\.bz2 into .*/data/raw"),
+        ("cifar10", r"cifar-10-python\.tar\.gz into .*/data/raw"),
+        ("cifar100", r"cifar-100-python\.tar\.gz into .*/data/raw"),
+        ("svhn", r"train_32x32\.mat, test_32x32\.mat into .*/data/raw"),
+        ("stl10", r"stl10_binary\.tar\.gz into .*/data/raw"),
+    ],
+)
+def test_without_a_network_the_files_of_a_set_and_their_place_are_named(monkeypatch, name, place):
+    """With the real names and MD5 that torchvision has."""
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    source = SETS[name][0]["source"]
+    with pytest.raises(UserError, match=rf"{name} could .*not known.*by hand: {place}, .*see {source}\)$"):
+        load_published(name)
+    assert [path for path in Path("data/raw").rglob("*") if path.is_file()] == []
+
+
+def test_every_published_set_can_be_chosen():
+    assert get_args(Data.model_fields["set"].annotation)[: len(SETS)] == tuple(SETS)
 
 
 # Splits and manifest

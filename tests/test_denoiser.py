@@ -198,7 +198,12 @@ def grey(n: int) -> Tensor:
 
 @pytest.mark.parametrize("class_names", [["a", "b", "c"], []])
 def test_a_step_logs_sums_that_belong_to_its_loss(class_names):
-    denoiser, images, labels, step = make(class_names=class_names), grey(16), torch.arange(16) % 3, step_of()
+    denoiser, images, labels, step = (
+        make(class_names=class_names),
+        grey(16),
+        torch.arange(16) % 3,
+        step_of(t_density="uniform"),
+    )
     loss, measures = step(denoiser, images, labels, step.draw(denoiser, images.shape, seeded()), 0)
     total, count = measures["loss"]
     assert count == 16 and total / count == pytest.approx(loss.item(), rel=1e-5)

@@ -1,5 +1,6 @@
 """Pictures: the same bytes each time, and showing what they should."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
+from PIL import Image, ImageFont
 from tiny_checkout import CLASSES as NAMES
 from tiny_checkout import SHAPE, make_checkout
 
@@ -18,6 +21,7 @@ from rediffuse.figures.latent import principal_components
 from rediffuse.figures.neighbours import draw_neighbours
 from rediffuse.figures.samples import draw_samples
 from rediffuse.figures.scores import class_chart, draw_scores, score_chart
+from rediffuse.figures.text import legible
 from rediffuse.figures.vae import draw_vae
 from rediffuse.images.image_set import ImageSet
 from rediffuse.images.pixels import from_unit, to_unit
@@ -218,3 +222,71 @@ def test_charts_of_little_and_of_distances_around_zero_are_drawn():
     ):
         for chart in (score_chart, class_chart):
             assert chart(bare, real).min() < 200
+
+
+# Names of classes
+
+UNCHANGED = ("Ankle boot", "T-shirt/top", "naïve", "γάτα", "кошка", "$\\foo$", "½ → 1º", "a" * 40, "")
+READ = {name: name for name in UNCHANGED} | {
+    "ねこ": "neko",
+    "日本語 🦊": "RiBenYu :fox:",
+    "كلب": "klb",
+    "कुत्ता": "kutta",
+    "ໝາ": "ma",
+    "cafe\u0301": "café",
+    " a\n b ": "a b",
+    "x\x01y": "xy",
+    "\x01": "U+0001",  # nothing else is left of it
+    " ": "U+0020",
+    "\u200d": "U+200D",
+    "\u2800": "U+2800",
+    "\udc80": "U+DC80",
+    "𒀀 1": "U+12000 1",
+    "l" * 200: "l" * 39 + "…",
+}
+
+
+def test_names_read_as_they_are_or_transliterated():
+    assert dict(zip(READ, legible(list(READ)), strict=True)) == READ
+
+
+def test_the_font_draws_every_character_of_every_name():
+    font, glyphs = ImageFont.truetype(findfont("DejaVu Sans")), FT2Font(findfont("DejaVu Sans")).get_charmap()
+    names = [*map(chr, range(0x20000)), *(f"a{chr(i)}b" for i in range(0x20000))]
+    shown = legible(names)
+    assert len(set(shown)) == len(names)  # different names stay different
+    assert all(font.getmask(text).getbbox() for text in shown[::20])  # none is blank
+    drawn = set("".join(shown))
+    assert all(ord(character) in glyphs and character.isprintable() for character in drawn)
+    scripts = {unicodedata.name(character).split()[0] for character in drawn}
+    assert {"LATIN", "GREEK", "CYRILLIC"} <= scripts and not {"ARABIC", "HEBREW", "COMBINING"} & scripts
+
+
+def test_names_that_read_alike_are_numbered():
+    names = ["ねこ", "neko", "ネコ", "neko (2)", "ねこ", "l" * 41, "l" * 42]
+    long = "l" * 39 + "…"
+    assert legible(names) == ["neko (3)", "neko", "neko (4)", "neko (2)", "neko (3)", long, f"{long} (2)"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_picture_shows_the_names_of_its_classes(checkout, tmp_path):
+    models, params = checkout[0] / "data/models", checkout[1]
+    vae, denoiser = load_model(VAE, models / "vae", CPU), load_model(Denoiser, models / "ddpm", CPU)
+    space, guide = load_space(models / "ddpm", SHAPE, CPU), load_guide(models / "ddpm", 1.5)
+    sampling = {"seeds": [3]} | params.sample.ddpm.model_dump()
+    images, labels = random_images(30), np.arange(30) % 3
+
+    def pictures(*names: str) -> list[bytes]:
+        vae.class_names = denoiser.class_names = names
+        with torch.inference_mode():
+            draw_vae(vae, ImageSet(images, labels, names), tmp_path)
+            draw_denoising(denoiser, guide, space, sampling, params.precision, tmp_path)
+        draw_samples(Samples(images, labels), names, tmp_path)
+        drawn = [read(tmp_path / f"{name}.png") for name in ("analogies", "latent", "denoising", "samples")]
+        classes = {name: {"fd": 3.0, "n": 700} for name in names}
+        return [each.tobytes() for each in (*drawn, class_chart(*records("cnn.classes.fd", classes)))]
+
+    drawn = pictures("ねこ", "_кошка $x$ 🦊", "كلب")
+    assert drawn == pictures("neko", "_кошка $x$ :fox:", "klb")
+    other = pictures("ねこ", "_мышка $x$ 🦊", "كلب")  # as many boxes, if they were boxes
+    assert all(one != another for one, another in zip(drawn, other, strict=True))

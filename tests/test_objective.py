@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
-from rediffuse.diffusion.objective import draw_noise, noised_loss, stratified_t
+from rediffuse.diffusion.objective import draw_noise, laplace_times, noised_loss, stratified_t, uniform_times
 from rediffuse.diffusion.schedule import Predict, Schedule
 from rediffuse.diffusion.step import validate
 
@@ -42,8 +43,8 @@ def images(n: int) -> Tensor:
 
 
 def noise_of(network: Any, n: int, seed: int = 0, *, label_drop: float = 0.0) -> dict[str, Tensor]:
-    shape, T = (n, 3, 5, 5), network.schedule.T
-    return draw_noise(shape, T, seeded(seed), stratified=True, label_drop=label_drop)
+    shape, times = (n, 3, 5, 5), uniform_times(network.schedule.T)
+    return draw_noise(shape, times, seeded(seed), stratified=True, label_drop=label_drop)
 
 
 def loss_of(network: Any, x_0: Tensor, labels: Tensor | None = None, seed: int = 0, **how: Any) -> Any:
@@ -58,7 +59,7 @@ def loss_of(network: Any, x_0: Tensor, labels: Tensor | None = None, seed: int =
 @pytest.mark.parametrize(("batch", "T"), [(7, 100), (50, 50), (64, 10), (3, 2)])
 def test_every_stratum_of_t_is_met_once(batch, T):
     for seed in range(20):
-        t = stratified_t(batch, T, seeded(seed))
+        t = stratified_t(batch, uniform_times(T), seeded(seed))
         assert t.dtype == torch.int64 and t.shape == (batch,)
         for i, t_i in enumerate(t.sort().values.tolist()):
             assert math.floor(i * T / batch) + 1 <= t_i <= math.ceil((i + 1) * T / batch)
@@ -73,20 +74,36 @@ def chi_squared(t: Tensor, T: int) -> float:
 
 def test_each_single_t_is_uniform_stratified_or_not():
     generator = seeded()
-    draws = torch.stack([stratified_t(4, 10, generator) for _ in range(20_000)])
+    draws = torch.stack([stratified_t(4, uniform_times(10), generator) for _ in range(20_000)])
     assert all(chi_squared(t, 10) < 37 for t in draws.unbind(1))
-    independent = [
-        draw_noise((10, 1, 1, 1), 10, seeded(i), stratified=False, label_drop=0.0)["t"] for i in range(200)
-    ]
+    how: Any = {"stratified": False, "label_drop": 0.0}
+    independent = [draw_noise((10, 1, 1, 1), uniform_times(10), seeded(i), **how)["t"] for i in range(200)]
     assert chi_squared(torch.cat(independent), 10) < 37
     stratified = torch.arange(1, 11)
     assert sum(torch.equal(t.sort().values, stratified) for t in independent) < 20
 
 
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_the_log_snr_of_t_has_a_laplace_distribution(name, stratified):
+    """Against scipy's, with 5% of uniform t; 100,000 draws are within 0.006 of it with probability 0.999."""
+    schedule, mean, scale = Schedule.make(name, 4000), 1.5, 1.0
+    times = laplace_times(schedule, mean, scale)
+    how: Any = {"stratified": stratified, "label_drop": 0.0}
+    t = draw_noise((100_000, 1, 1, 1), times, seeded(), **how)["t"]
+    rank = torch.arange(1, len(t) + 1) / len(t)
+    at = t.sort().values
+    laplace = torch.from_numpy(scipy.stats.laplace.sf(schedule.log_snr[at].numpy(), mean, scale))
+    expected = 0.95 * laplace + 0.05 * at / schedule.T
+    assert (rank - expected).abs().max() < 0.006 and len(t.unique()) > 1000
+
+
 def test_labels_are_dropped_one_by_one():
     p, batch, n, generator = 0.1, 64, 2000, seeded()
     how: Any = {"stratified": True, "label_drop": p}
-    dropped = torch.stack([draw_noise((batch, 1, 1, 1), 100, generator, **how)["dropped"] for _ in range(n)])
+    dropped = torch.stack(
+        [draw_noise((batch, 1, 1, 1), uniform_times(100), generator, **how)["dropped"] for _ in range(n)]
+    )
     assert abs(dropped.double().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / (batch * n))
     # The number per batch varies as a binomial does; dropping whole batches would have 64 times its variance.
     assert dropped.sum(1).double().var().item() == pytest.approx(batch * p * (1 - p), rel=0.2)

@@ -104,7 +104,7 @@ LATENTS = {"ddpm.space": "latents", "vae.latent_channels": 4}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data.size": 15}, r"data: size \(15\) .* 16 to 128"),
+        ({"data.size": 15}, r"data: size \(15\) .* 16 to 256"),
         ({"data.validation_share": 0.4, "data.test_share": 0.6}, r"_share \(0.4\) .*test_share \(0.6\)"),
         ({"ddpm.T": 10, "sample.ddpm.steps": 20}, r"sample.ddpm.steps \(20\) .*ddpm.T \(10\)"),
         ({"sample.ddpm.eta": 0.5, "sample.ddpm.sampler": "heun"}, r"sample.ddpm: eta \(0.5\) .*ddim.* heun"),

@@ -128,6 +128,34 @@ def judge(source: str, name: str, model: str) -> None:
     click.echo(f"{folder}; compare it with `rediffuse compare workspace:{model} {name}`", err=True)
 
 
+@main.command()
+@click.argument("path")
+@click.option(
+    "--sheet",
+    type=click.Path(),
+    default="contact-sheet.png",
+    show_default=True,
+    help="PNG of some of the images.",
+)
+def inspect(path: str, sheet: str) -> None:
+    """Look at images of your own before any training.
+
+    PATH: what data.path may be, a folder, a zip or tar of one, a .npy or .npz file, or parquet files.  Says
+    how many images, classes, sizes and kinds there are, what is passed over, what is equal, how many fall to
+    each split, which instruments are possible, and which parameters fit.  Changes nothing.
+
+    \b
+    Example:
+      rediffuse inspect photos/
+    """
+    from pathlib import Path
+
+    from rediffuse.commands.inspect import inspect as look
+
+    for line in look(path, Path(sheet)):
+        click.echo(line)
+
+
 def _number(default: int, help: str) -> Callable[..., Any]:
     return click.option("-n", "--number", "n", type=int, default=default, show_default=True, help=help)
 

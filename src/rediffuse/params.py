@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from rediffuse.runtime.errors import UserError
 
-SIDES = 16, 128  # the smallest and largest side of an image, in pixels
+SIDES = 16, 256  # the smallest and largest side of an image, in pixels
 
 Instrument = Literal[
     "fashion-mnist-cnn-v1", "classifier", "random-conv-v1", "inception-v3", "efficientnet-lite0"
@@ -50,21 +50,45 @@ class Group(BaseModel):
         return self.model_dump(include=set(fields_of.__annotations__))
 
 
+Side = Annotated[int, Field(ge=SIDES[0], le=SIDES[1])]
+
+
+def _size(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Data(Group):
     """What the models learn from."""
 
-    set: Literal["fashion-mnist", "mnist", "cifar10", "folder"]
+    set: Literal[
+        "fashion-mnist",
+        "mnist",
+        "kmnist",
+        "qmnist",
+        "emnist-digits",
+        "emnist-letters",
+        "emnist-balanced",
+        "usps",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "stl10",
+        "folder",
+    ]
     validation: int = Field(ge=0, le=30_000)
     path: str
-    size: int = Field(ge=0, le=SIDES[1])
+    size: Annotated[int | tuple[Side, Side], BeforeValidator(_size)]
+    fit: Literal["crop", "pad", "stretch"]
     channels: Literal["auto", 1, 3]
+    background: Literal["auto", "white", "black"]
+    split_folders: bool
     validation_share: Float = Field(gt=0, lt=1)
     test_share: Float = Field(gt=0, lt=1)
     split_seed: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> Data:
-        if 0 < self.size < SIDES[0]:
+        if isinstance(self.size, int) and self.size and not SIDES[0] <= self.size <= SIDES[1]:
             allowed = f"{SIDES[0]} to {SIDES[1]} pixels, or 0: all images have the same size"
             raise ValueError(f"size ({self.size}) must be {allowed}")
         if self.validation_share + self.test_share >= 1:
@@ -134,6 +158,9 @@ class DDPM(Group):
     min_snr_gamma: Float = Field(gt=0)
     conditional: bool
     label_drop: Float = Field(ge=0, lt=1)
+    t_density: Literal["uniform", "laplace"]
+    log_snr_mean: Float = Field(ge=-20, le=20)
+    log_snr_scale: Float = Field(gt=0, le=100)
     stratified: bool
     flip: bool
     fold: Literal[1, 2, 4]

@@ -67,12 +67,14 @@ def read_images(names: Sequence[str], shape: tuple[int, int, int]) -> NDArray[np
     """Return files as uint8 (n, C, H, W), cropped and resized to `shape` as a folder of images is."""
     import numpy as np
 
-    from rediffuse.sources.folder import decode
+    from rediffuse.sources.decode import decode
+    from rediffuse.sources.folder import open_image
 
     found = []
     for name in names:
         try:
-            found.append(decode(Path(name), shape))
+            with open_image(name) as image:
+                found.append(decode(image, shape))
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{name} cannot be read as an image: {one_line(error)}") from None
     return np.stack(found)

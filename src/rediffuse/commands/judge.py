@@ -13,6 +13,7 @@ from rediffuse.tracking.store import checkout_root
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
     from rediffuse.evaluation.record import Record
 
@@ -72,12 +73,17 @@ def load_foreign(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     of what is judged.
     """
     from rediffuse.images.files import load_npy
-    from rediffuse.sources.folder import find_images, in_parallel
+    from rediffuse.sources.folder import find_images
+    from rediffuse.sources.reading import read_all
 
     if path.is_dir():
         import numpy as np
 
-        return np.stack(list(in_parallel(partial(_read, shape=shape), find_images(path)[0], "reading")))
+        found = find_images(path, split_folders=False).images
+        problems = path.with_name(f"{path.name}-unreadable.txt")
+        return np.stack(
+            [image for _, image in read_all(found, partial(_read, shape=shape), "reading", problems)]
+        )
     if path.suffix != ".npy":
         raise UserError(f"{path} must be a folder of images or a .npy file")
     images = load_npy(path, "give a folder of images, or an array that numpy.save wrote", mmap_mode="r")
@@ -99,18 +105,14 @@ def load_foreign(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return images
 
 
-def _read(path: Path, *, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return a file as uint8 (C, H, W); a grey image may be stored in colour."""
-    from PIL import Image
+def _read(image: Image.Image, *, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an image as uint8 (C, H, W); a grey image may be stored in colour."""
+    from rediffuse.sources.decode import decode
 
-    from rediffuse.sources.folder import decode
-
-    channels, height, width = shape
-    with Image.open(path) as image:
-        size = image.size
+    (channels, height, width), size = shape, image.size
     if size != (width, height):
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, and images of data.set {width} x {height}")
-    colour = decode(path, (3, height, width))
+    colour = decode(image, (3, height, width))
     if channels == 3:
         return colour
     if (colour != colour[:1]).any():

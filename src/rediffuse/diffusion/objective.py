@@ -7,36 +7,66 @@ shapes, so that a CPU and a GPU train on the same noise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.schedule import Weighting
+from rediffuse.diffusion.schedule import Schedule, Weighting
 
+TimeDensity = Literal["uniform", "laplace"]
+UNIFORM = 0.05  # of the training is spent on all t alike, so that none is left out
 QUARTERS = 4  # losses are also reported by quarter of t: (0, T/4], ..., (3T/4, T]
 
 
-def stratified_t(batch: int, T: int, generator: torch.Generator) -> Tensor:
-    """Draw t, int64 (batch,) in 1..T, one from each of `batch` equal strata, in random order.
+def uniform_times(T: int) -> Tensor:
+    """Return P(t <= 1), ..., P(t <= T) for t uniform on 1..T, float64 (T,)."""
+    return torch.arange(1, T + 1, dtype=torch.float64) / T
 
-    Each t is uniform on 1..T, but their mean loss varies less than with independent t (VDM, app. I.1).
+
+def laplace_times(schedule: Schedule, mean: float, scale: float) -> Tensor:
+    """Return P(t <= 1), ..., P(t <= T), float64 (T,), for a log SNR at t that has a Laplace distribution.
+
+    Hang et al. 2024, arXiv:2407.03297, who set the mean to 0.  Each t also has `UNIFORM` of its uniform
+    probability.
+    """
+    log_snr = schedule.log_snr[1:]
+    between = (log_snr[:-1] + log_snr[1:]) / 2  # t and t + 1
+    z = (between - mean) / scale
+    above = torch.where(z > 0, 0.5 * torch.exp(-z.abs()), 1 - 0.5 * torch.exp(-z.abs()))
+    laplace = torch.cat([above, torch.ones(1, dtype=torch.float64)])
+    return torch.lerp(laplace, uniform_times(schedule.T), UNIFORM)
+
+
+def stratified_t(batch: int, times: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw t, int64 (batch,) in 1..T, one from each of `batch` equally probable strata, in random order.
+
+    times: P(t <= 1), ..., P(t <= T).  Each t is distributed so, but their mean loss varies less than with
+    independent t (VDM, app. I.1).
     """
     u = torch.rand(batch, dtype=torch.float64, generator=generator)
-    u = (torch.randperm(batch, generator=generator) + u) / batch
-    return (u * T).long().clamp(max=T - 1) + 1  # rounding may make u 1
+    return _t_at((torch.randperm(batch, generator=generator) + u) / batch, times)
+
+
+def _t_at(u: Tensor, times: Tensor) -> Tensor:
+    """Return the t whose interval of probability u in [0, 1] lies in, int64."""
+    return torch.searchsorted(times, u, right=True).clamp(max=len(times) - 1) + 1  # rounding may make u 1
 
 
 def draw_noise(
-    shape: Sequence[int], T: int, generator: torch.Generator, *, stratified: bool, label_drop: float
+    shape: Sequence[int], times: Tensor, generator: torch.Generator, *, stratified: bool, label_drop: float
 ) -> dict[str, Tensor]:
     """Draw all that is random in the loss of a batch (B, C, H, W) = shape.
 
-    Returns t (B,), eps (B, C, H, W), and dropped (B,), the labels to hide.  t is stratified over the whole
-    batch.
+    times: as in `stratified_t`.  Returns t (B,), eps (B, C, H, W), and dropped (B,), the labels to hide.
+    stratified: t over the whole batch.
     """
     B = shape[0]
-    t = stratified_t(B, T, generator) if stratified else torch.randint(1, T + 1, (B,), generator=generator)
+    if stratified:
+        t = stratified_t(B, times, generator)
+    else:
+        t = _t_at(torch.rand(B, dtype=torch.float64, generator=generator), times)
     eps = torch.randn(*shape, generator=generator)
     return {"t": t, "eps": eps, "dropped": torch.rand(B, generator=generator) < label_drop}
 

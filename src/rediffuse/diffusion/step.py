@@ -10,7 +10,15 @@ from torch import Tensor
 
 from rediffuse.diffusion import objective
 from rediffuse.diffusion.denoiser import Denoiser
-from rediffuse.diffusion.objective import QUARTERS, by_quarter, draw_noise, noised_loss
+from rediffuse.diffusion.objective import (
+    QUARTERS,
+    TimeDensity,
+    by_quarter,
+    draw_noise,
+    laplace_times,
+    noised_loss,
+    uniform_times,
+)
 from rediffuse.diffusion.schedule import Weighting
 from rediffuse.images.pixels import to_signed
 from rediffuse.runtime.processes import my_share, total
@@ -25,19 +33,25 @@ def as_x_0(images: Tensor) -> Tensor:
 class DenoisingStep:
     """The weighted denoising loss of one batch.  Logs it, also by quarter of t.
 
-    flip: mirror half of the images.  For the other settings see `Schedule.loss_weight` and `draw_noise`.
+    flip: mirror half of the images.  t_density: of t; log_snr_mean and log_snr_scale are those of
+    `laplace_times`.  For the other settings see `Schedule.loss_weight` and `draw_noise`.
     """
 
     loss_weight: Weighting
     min_snr_gamma: float
+    t_density: TimeDensity
+    log_snr_mean: float
+    log_snr_scale: float
     stratified: bool
     label_drop: float
     flip: bool
 
     def draw(self, model: Denoiser, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
-        noise = draw_noise(
-            shape, model.schedule.T, generator, stratified=self.stratified, label_drop=self.label_drop
-        )
+        if self.t_density == "laplace":
+            times = laplace_times(model.schedule, self.log_snr_mean, self.log_snr_scale)
+        else:
+            times = uniform_times(model.schedule.T)
+        noise = draw_noise(shape, times, generator, stratified=self.stratified, label_drop=self.label_drop)
         return noise | {"mirrored": torch.rand(shape[0], generator=generator) < 0.5} if self.flip else noise
 
     def __call__(
@@ -69,7 +83,7 @@ def validate(
     """
     x_0, labels, schedule = as_x_0(images), labels if model.classes else None, model.schedule
     generator = torch.Generator().manual_seed(seed)
-    t = objective.stratified_t(len(x_0), schedule.T, generator).to(x_0.device)
+    t = objective.stratified_t(len(x_0), uniform_times(schedule.T), generator).to(x_0.device)
     losses = x_0.new_zeros(len(x_0))
     starts = range(0, len(x_0), chunk)
     for i, start in enumerate(starts):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.diffusion.schedule import Schedule
-from rediffuse.figures.grid import annotate, strip
+from rediffuse.figures.grid import strip
+from rediffuse.figures.text import annotate, legible
 from rediffuse.images.files import save_png
 from rediffuse.params import SampleDDPM
 from rediffuse.runtime.device import Precision, seed_for
@@ -63,7 +64,7 @@ def draw_denoising(
     last = draw_shard(torch.arange(SHARD), shard_generator(sampling["seeds"][0], 0))
     shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, DENOISING_STEPS).astype(int))]
     columns = [images[:DENOISING_ROWS].cpu() for images in (*(space.decode(x_t) for _, x_t in shown), last)]
-    names = [name.strip() for name in denoiser.class_names]
+    names = legible(denoiser.class_names)
     rows = [names[i % len(names)] for i in range(DENOISING_ROWS)] if names else []
     picture = annotate(strip(torch.stack(columns, 1).numpy()), rows, [*(f"t={t}" for t, _ in shown), "t=0"])
     save_png(picture, folder / "denoising.png")

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rediffuse.figures.render import default_style, plain, render
+from rediffuse.figures.text import legible
 
 Floats = NDArray[np.floating]
 
@@ -38,9 +39,9 @@ def latent_map(
     colour = None if labels is None else colours(labels)
     axis.scatter(points[:, 0], points[:, 1], s=6, c=colour, alpha=0.6, linewidths=0)
     if legend:
-        for i, name in enumerate(classes):
-            axis.scatter([], [], color=colours(i), label=plain(name))
-        figure.legend(loc="outside right center")
+        marks = [axis.scatter([], [], color=colours(i)) for i in range(len(classes))]
+        # Given as arguments: matplotlib leaves out labels of its own that begin with "_".
+        figure.legend(marks, [plain(name) for name in legible(classes)], loc="outside right center")
     return render(figure)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rediffuse.figures.grid import WHITE, Picture, annotate, strip
+from rediffuse.figures.grid import WHITE, Picture, strip
+from rediffuse.figures.text import annotate
 from rediffuse.images.files import save_png
 from rediffuse.images.image_set import ImageSet
 

@@ -9,15 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from rediffuse.figures.grid import shortened
-
 # Decorates what draws a figure: the bytes must not depend on the user's matplotlibrc.
 default_style = matplotlib.style.context("default")
 
 
 def plain(name: str) -> str:
-    """Return a name, for example of a class, as matplotlib text: on one short line, without formulas."""
-    return shortened(name).replace("$", r"\$")
+    """Return a `legible` name, for example of a class, as matplotlib text: without formulas."""
+    return name.replace("$", r"\$")
 
 
 def render(figure: Figure) -> NDArray[np.uint8]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rediffuse.figures.grid import WHITE, annotate, grid, strip
+from rediffuse.figures.grid import WHITE, grid, strip
+from rediffuse.figures.text import annotate, legible
 from rediffuse.images.files import save_png
 from rediffuse.images.sample_sets import Samples
 
@@ -21,7 +22,7 @@ def draw_samples(samples: Samples, class_names: Sequence[str], folder: Path) -> 
     if labels is None:
         picture = grid(images[: COLUMNS**2], COLUMNS)
     else:
-        shown = [name.strip() for name in class_names[:ROWS]]
+        shown = legible(class_names)[:ROWS]
         table = np.full((len(shown), COLUMNS, *images.shape[1:]), WHITE, np.uint8)
         for label, row in enumerate(table):
             found = images[np.flatnonzero(labels == label)[:COLUMNS]]

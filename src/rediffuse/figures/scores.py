@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from rediffuse.figures.render import default_style, plain, render
+from rediffuse.figures.text import legible
 from rediffuse.images.files import save_png
 
 Record = Mapping[str, Any]
@@ -112,6 +113,7 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     distances = [_measured(_by_class(part)) for part in parts.values()]
     if len(every) > MOST and not any(distances):
         return _sentence(f"{model}: too few images of each of the {len(every):,} classes for a distance")
+    shown = dict(zip(every, legible(every), strict=True))
     classes = every if len(every) <= MOST else _furthest(every, distances[0])
     size = max(8, 2.5 + 5.5 * len(parts)), 1.8 + 0.32 * max(3, len(classes))
     figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
@@ -122,6 +124,7 @@ def class_chart(record: Record, reference: Record) -> NDArray[np.uint8]:
     for axis, (name, part) in zip(axes, parts.items(), strict=True):
         floor = reference["instruments"].get(name, {}).get("classes", {}).get(part["classes"]["by"], {})
         _class_panel(axis, classes, _by_class(part), floor)
+        _name_rows(axis, [shown[each] for each in classes])
         axis.set(title=name, xlabel=f"{_distance(part)} (log axis)")
     for tick, name in zip(axes[0].get_yticklabels(), classes, strict=True):
         tick.set_color("black" if any(name in measured for measured in distances) else GREY)
@@ -226,7 +229,6 @@ def _class_panel(axis: Axes, classes: Sequence[str], model: Record, floor: Recor
         _point(axis, place, found[name], MODEL, least, big=True)
         _write_beside(axis, place, max(ends), str(found[name]), MODEL)
     axis.xaxis.set_visible(bool(found))
-    _name_rows(axis, classes)
 
 
 def _log_axis(axis: Axes, values: Sequence[Spread]) -> float:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from rediffuse.figures.grid import annotate, grid, reconstructions, strip
+from rediffuse.figures.grid import grid, reconstructions, strip
 from rediffuse.figures.latent import latent_map
+from rediffuse.figures.text import annotate, legible
 from rediffuse.images.files import save_png
 from rediffuse.images.image_set import ImageSet
 from rediffuse.images.pixels import from_unit, on_device, to_unit
@@ -43,7 +44,7 @@ def draw_vae(vae: VAE, test: ImageSet, folder: Path) -> None:
     save_png(grid(walk.cpu().numpy(), COLUMNS), folder / "interpolation.png")
 
     if vae.classes:
-        names, shown = [name.strip() for name in vae.class_names[:COLUMNS]], first[:columns]
+        names, shown = legible(vae.class_names)[:COLUMNS], first[:columns]
         classes = torch.arange(len(names), device=z.device).repeat_interleave(columns)
         analogies = from_unit(vae.decode(a.repeat(len(names), 1), classes))
         picture = strip(torch.cat([shown, analogies]).view(-1, *shown.shape).cpu().numpy())

@@ -19,6 +19,7 @@ from rediffuse.runtime.errors import UserError
 from rediffuse.runtime.files import read_json
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = "train", "validation", "test"
 
 REMEDY = "make it again with `dvc repro -f prepare`"
 

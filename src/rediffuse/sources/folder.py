@@ -1,235 +1,266 @@
-"""A folder of your own images -> train, validation and test as uint8 arrays.
+"""Find the images of a folder, their classes and their splits.
 
 Images in sub-folders: each sub-folder is a class, with all images below it.  Images in the folder itself: no
-classes.  Every image is turned as its EXIF orientation says, laid on white where it is transparent, cut to
-the largest square around its centre and resized (Lanczos); of an animation, the first frame.  Decoding is
-parallel and takes constant memory.
+classes.  Sub-folders named train, test, validation and the like are splits, with the classes inside.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image, UnidentifiedImageError
 
-from rediffuse.images.image_set import ImageAppender, Split
-from rediffuse.params import SIDES, Data
+from rediffuse.images.image_set import Split
 from rediffuse.runtime.errors import UserError
-from rediffuse.sources.splits import split_of
+from rediffuse.sources.found import Found
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-GREY = "1", "L", "LA", "La"  # modes of Pillow; those that begin with I are grey too
-# Images of each split: the memorisation looks for two neighbours, and a neighbour of these.
-LEAST: dict[Split, int] = {"train": 3, "validation": 1, "test": 1}
-FEW = 1000  # below this many images a model memorises its training set
-MANY = 100_000  # above this many images, validation and test cost more than they tell
-AHEAD = 64  # images per thread that are read before they are needed
-SHOWN = 5  # damaged files named in an error
+# What Pillow reads without another program: PostScript, for example, would be run by Ghostscript.
+FORMATS = (
+    *("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "DIB", "PPM", "TGA", "QOI"),
+    *("PCX", "SGI", "ICO", "PSD"),
+)
+SPLITS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# What other programs leave in folders, besides hidden files.
+JUNK = (
+    *("thumbs.db", "desktop.ini", "__macosx", "@eadir", "@__thumb", "#recycle", "$recycle.bin"),
+    *("lost+found", "system volume information"),
+)
+# Where other tools keep labels, which are not read.
+LABELS = "metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv", "dataset.json"
+CONVERT = (
+    ".heic",
+    ".heif",
+    ".svg",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".jxl",
+    ".eps",
+    ".pdf",
+)  # images all the same
+SHOWN = 5  # kinds of files, or links, that a note names
 
-T = TypeVar("T")
-
-
-def write_folder(data: Data, target: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Write the splits of the folder `data.path` below `target`; return the classes and a description.
-
-    Raises UserError if there are no images, for images that cannot be decoded, and for a split with too few.
-    """
-    paths, labels, classes = find_images(Path(data.path))
-    shape = survey(paths, data.size, data.channels)
-    images = in_parallel(partial(decode, shape=shape), paths, "decoding")
-    shares = {"validation": data.validation_share, "test": data.test_share}
-    known: Sequence[int | None] = labels or [None] * len(paths)
-    counts = Counter[str]()
-    with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(ImageAppender(target / name, shape, labels=labels is not None))
-            for name in LEAST
-        }
-        for image, label in zip(images, known, strict=True):
-            split = split_of(image, seed=data.split_seed, **shares)
-            files[split].append(image, label)
-            counts[split] += 1
-    _check_counts(counts, len(paths))
-    about = {
-        "set": "folder",
-        "description": f"{len(paths):,} images of a folder, {'grey' if shape[0] == 1 else 'colour'},"
-        f" {shape[2]}x{shape[1]}",
-        "source": None,
-        "citation": None,
-        "licence": None,
-        "resize": "none" if data.size == 0 else "largest square around the centre, Lanczos",
-    }
-    return classes, about
+# The parts of a path below the folder, without its name, and the path.
+Place = tuple[tuple[str, ...], str]
 
 
-def _check_counts(counts: Counter[str], n: int) -> None:
-    """Raise UserError for a split with too few images; warn of few images, and of more than a split needs."""
-    if any(counts[name] < least for name, least in LEAST.items()):
-        found = ", ".join(f"{counts[name]} in {name}" for name in LEAST)
-        least = ", ".join(f"{least} in {name}" for name, least in LEAST.items())
-        raise UserError(
-            f"the {n} images in data.path fall to the splits by their content: {found}; there must be at"
-            f" least {least}: set another data.split_seed, raise data.validation_share or data.test_share,"
-            " or take more images that differ (params.yaml)"
-        )
-    warnings = [
-        f"{counts[name]:,} images are more than the split {name} needs: lower data.{name}_share, for example"
-        f" to {10_000 / n:.1g}"
-        for name in ("validation", "test")
-        if counts[name] > MANY
-    ]
-    if n < FEW:
-        warnings.append(f"{n} images are few: a model memorises them; see the memorisation in its evaluation")
-    for text in warnings:
-        print(f"warning: {text}", file=sys.stderr)
+class ImageFiles:
+    """Files as `Images`.  The paths are text: 10 million take 1 GB, as Path objects 4 GB."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def open(self, index: int) -> Image.Image:
+        return open_image(self.paths[index])
 
 
-def find_images(folder: Path) -> tuple[list[str], list[int] | None, tuple[str, ...]]:
-    """Return the images of a folder and its sub-folders, their labels (None without sub-folders), classes.
+def open_image(path: str | Path) -> Image.Image:
+    """Return the image as Pillow opens it.  Its content decides of which kind it is, not its name."""
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        with Path(path).open("rb") as file:
+            head = file.read(30)
+        if not head:
+            raise ValueError("empty") from None
+        if head.startswith(b"version https://git-lfs"):
+            raise ValueError("a pointer of Git LFS: run `git lfs pull`") from None
+        raise
 
-    Hidden files and other file types are skipped.  The paths are sorted, and text: 10 million take 1 GB, as
-    Path objects 4 GB.
+
+def find_images(folder: Path, *, split_folders: bool = True) -> Found:
+    """Find the images of a folder and its sub-folders, in the order of their names.
+
+    split_folders: whether sub-folders named train, test, ... (`SPLITS`) are splits, or classes.  A sub-folder
+    that holds all images, as archives have it, is entered.  Hidden files are skipped, other kinds of files
+    noted.  Raises UserError if there are no images, and where classes or splits cannot be told.
     """
     if not folder.is_dir():
         raise UserError(f"data.path ({folder}) must be a folder of images; there is none (params.yaml)")
-    paths, labels, index = list[str](), list[int](), dict[str | None, int]()
-    for top, path in _walk(folder):
-        paths.append(path)
-        labels.append(index.setdefault(top, len(index)))  # sub-folders are walked in the order of their names
-    if not paths:
+    walk = _Walk(folder)
+    places = list(walk)
+    notes = walk.notes()
+    if not places:
         raise UserError(
-            f"data.path ({folder}) holds no images, files that end with {', '.join(SUFFIXES)}.  (In the"
+            f"data.path ({folder}) holds no images: Pillow reads no file in it{_among(walk.others)}.  (In the"
             " temporary workspace of a queued experiment there is only what git or DVC tracks: `dvc add`"
             " the folder, or give its absolute path.)"
         )
-    if None not in index:
-        classes = tuple(name for name in index if name is not None)
-        for name in classes:
-            if name != name.encode(errors="replace").decode():
-                raise UserError(f"the sub-folder {name!r} of data.path must have a name in UTF-8: rename it")
-        return paths, labels, classes
-    if len(index) > 1:
-        loose = labels.count(index[None])
-        raise UserError(
-            f"data.path ({folder}) holds {loose} images beside sub-folders with {len(paths) - loose} more:"
-            " put all of them into sub-folders, one for each class, or none"
+    places, inside = _enter(places, split_folders=split_folders)
+    if inside:
+        notes.append(f"all images lie in the sub-folder {inside}: it is the set, and no class")
+    splits = _splits_of(places, folder) if split_folders else None
+    if splits is not None:
+        places = [(parts[1:], path) for parts, path in places]
+        handed = Counter(splits)
+        notes.append(
+            "handed out in splits: " + ", ".join(f"{n:,} images in {split}" for split, n in handed.items())
         )
-    return paths, None, ()
+    labels, classes = _labels(places, splits, folder)
+    return Found(ImageFiles([path for _, path in places]), labels, classes, splits, notes)
 
 
-def survey(paths: Sequence[str], size: int, channels: Literal[1, 3, "auto"]) -> tuple[int, int, int]:
-    """Return (C, H, W) of all images, from the heads of the files where the parameters leave it open.
+class _Walk:
+    """The places of all images below a folder.  Counts what it passes over."""
 
-    Raises UserError if size is 0 and they differ, or are out of SIDES.
-    """
-    if size and channels != "auto":
-        return channels, size, size
-    heads = Counter(in_parallel(_head, paths, "looking"))
-    if channels == "auto":
-        channels = 1 if all(grey for grey, _ in heads) else 3
-    if size:
-        return channels, size, size
-    sizes = sorted({side for _, side in heads})
-    (narrow, low), (wide, high) = sizes[0], sizes[-1]
-    remedy = "set data.size, for example to 64 (params.yaml)"
-    if len(sizes) > 1:
-        raise UserError(
-            "data.size is 0, so all images of data.path must have one size; they have"
-            f" {len(sizes)}, from {narrow}x{low} to {wide}x{high}: {remedy}"
-        )
-    if not (SIDES[0] <= narrow <= SIDES[1] and SIDES[0] <= low <= SIDES[1]):
-        raise UserError(
-            f"the images of data.path are {narrow}x{low}, and must have {SIDES[0]} to {SIDES[1]} pixels a"
-            f" side: {remedy}"
-        )
-    return channels, low, narrow
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.others, self.links = folder, Counter[str](), list[str]()
+        self.empty, self.labels = list[str](), list[str]()
 
-
-def decode(path: str | Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Return uint8 (C, H, W) = shape, C = 1 or 3: the largest central part of this shape, resized."""
-    channels, height, width = shape
-    with Image.open(path) as image:
-        flat = _on_white(_eight_bits(ImageOps.exif_transpose(image))).convert("L" if channels == 1 else "RGB")
-    if flat.size != (width, height):
-        scale = min(flat.width / width, flat.height / height)
-        across, down = round(width * scale), round(height * scale)
-        left, top = (flat.width - across) // 2, (flat.height - down) // 2
-        flat = flat.crop((left, top, left + across, top + down))
-        flat = flat.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(flat)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def in_parallel(work: Callable[[str], T], paths: Sequence[str], title: str) -> Iterator[T]:
-    """Yield work(path) of each image, in order.  Raises UserError at the end for all images that fail."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    failed: list[str] = []
-
-    def attempt(path: str) -> T | str:
-        try:
-            return work(path)
-        # What Pillow raises for damaged files.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{path}: {' '.join(str(error).split())}"
-
-    bar = tqdm(total=len(paths), desc=title, unit="image", leave=False)
-    with ThreadPoolExecutor(threads) as pool, bar:
-        for start in range(0, len(paths), AHEAD * threads):
-            for result in pool.map(attempt, paths[start : start + AHEAD * threads]):
-                bar.update()
-                if isinstance(result, str):
-                    failed.append(result)
+    def __iter__(self) -> Iterator[Place]:
+        Image.init()
+        known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+        for root, folders, files in self._folders():
+            parts = Path(root).relative_to(self.folder).parts
+            found = False
+            for name in files:
+                suffix, path = Path(name).suffix.lower(), f"{root}/{name}"
+                if suffix in known or (not suffix and _is_image(path)):
+                    found = True
+                    yield parts, path
+                elif name.lower() in LABELS:
+                    self.labels.append(path)
                 else:
-                    yield result
-    if failed:
-        shown = [*failed[:SHOWN], *([f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else [])]
+                    self.others[suffix or "without a suffix"] += 1
+            if not found and not folders:
+                self.empty.append(root)
+
+    def _folders(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield each folder, its sub-folders and files.  Links are followed; no folder is visited twice."""
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"data.path: {error.filename} cannot be read ({error.strerror}): permit it")
+
+        top, seen = os.path.realpath(self.folder), set[tuple[int, int]]()
+        for root, folders, files in os.walk(self.folder, onerror=refuse, followlinks=True):
+            status = Path(root).stat()
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = [name for name in _visible(folders) if self._is_new(f"{root}/{name}", top, seen)]
+            yield root, folders, _visible(files)
+
+    def _is_new(self, path: str, top: str, seen: set[tuple[int, int]]) -> bool:
+        if not Path(path).is_symlink():
+            return True
+        target, status = os.path.realpath(path), Path(path).stat()
+        # What a link to a folder inside this one leads to is found there, where it lies.
+        if f"{target}/".startswith(f"{top}/") or f"{top}/".startswith(f"{target}/"):
+            self.links.append(f"{path} leads back into {top}")
+            return False
+        if (status.st_dev, status.st_ino) in seen:
+            self.links.append(f"{path} leads to {target} once more")
+            return False
+        seen.add((status.st_dev, status.st_ino))
+        return True
+
+    def notes(self) -> list[str]:
+        """Return what was passed over, a line for each reason."""
+        notes = []
+        if self.links:
+            notes.append(f"warning: links that are not followed: {_first(self.links)}")
+        if self.empty:
+            notes.append(f"warning: sub-folders without images: {_first(self.empty)}")
+        if self.labels:
+            notes.append(
+                f"warning: labels are not read from {_first(self.labels)}: put the images of each class into"
+                " a sub-folder"
+            )
+        if self.others:
+            wanted = [suffix for suffix in self.others if suffix in CONVERT]
+            remedy = f"; convert {' and '.join(sorted(wanted))} to PNG or JPEG to have them" if wanted else ""
+            notes.append(f"warning: passed over, as Pillow does not read them{_among(self.others)}{remedy}")
+        return notes
+
+
+def _first(lines: Sequence[str]) -> str:
+    return "; ".join([*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])])
+
+
+def _among(others: Counter[str]) -> str:
+    if not others:
+        return ""
+    kinds = [f"{n:,} {suffix}" for suffix, n in sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))]
+    return ": " + ", ".join([*kinds[:SHOWN], *(["..."] if len(kinds) > SHOWN else [])])
+
+
+def _visible(names: Sequence[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith(".") and name.lower() not in JUNK)
+
+
+def _is_image(path: str) -> bool:
+    try:
+        with open_image(path):
+            return True
+    except Exception:  # whatever Pillow raises for a foreign file
+        return False
+
+
+def _enter(places: list[Place], *, split_folders: bool) -> tuple[list[Place], str]:
+    """Enter a sub-folder that holds all images, unless its name is that of a split.  Return its name too."""
+    entered = list[str]()
+    while True:
+        [first, *more] = {parts[:1] for parts, _ in places}
+        if more or not first or (split_folders and first[0].lower() in SPLITS):
+            return places, "/".join(entered)
+        entered += first
+        places = [(parts[1:], path) for parts, path in places]
+
+
+def _splits_of(places: Sequence[Place], folder: Path) -> list[Split] | None:
+    """Return the split of each image by its first sub-folder; None if no sub-folder is named like one."""
+    tops = {parts[0] if parts else None for parts, _ in places}
+    named = sorted(top for top in tops if top and top.lower() in SPLITS)
+    others = sorted(top for top in tops if top and top.lower() not in SPLITS)
+    if not named or None in tops:  # images beside sub-folders: `_labels` refuses them
+        return None
+    if others:
         raise UserError(
-            f"{len(failed)} of {len(paths)} images in data.path cannot be read; delete or repair them:"
-            + "".join(f"\n  {line}" for line in shown)
+            f"data.path ({folder}) holds {', '.join(named)}, the name of a split, beside"
+            f" {', '.join(others[:SHOWN])}: if all are classes, set data.split_folders to false"
+            " (params.yaml), else put all images into splits"
         )
+    splits = [SPLITS[parts[0].lower()] for parts, _ in places]
+    if "train" not in splits:
+        raise UserError(
+            f"data.path ({folder}) holds only {', '.join(named)}, and nothing to train on: add a sub-folder"
+            " train, or set data.split_folders to false, which makes them classes (params.yaml)"
+        )
+    return splits
 
 
-def _walk(folder: Path) -> Iterator[tuple[str | None, str]]:
-    """Yield sub-folder (None: the folder itself) and path of each image, in order, following links."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        top = next(iter(Path(root).relative_to(folder).parts), None)
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                yield top, f"{root}/{name}"
-
-
-def _head(path: str) -> tuple[bool, tuple[int, int]]:
-    """Return whether the file is grey, and its width and height after the EXIF rotation."""
-    with Image.open(path) as image:
-        width, height = image.size
-        lies = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap width and height
-        return image.mode in GREY or image.mode.startswith("I"), (height, width) if lies else (width, height)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits of grey to 8; Pillow would cut off what is above 255."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range; convert it to 8 or 16 bits")
-    return image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+def _labels(
+    places: Sequence[Place], splits: Sequence[Split] | None, folder: Path
+) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Return the label of each image, by its first sub-folder, and the classes.  None without sub-folders."""
+    tops = [parts[0] if parts else None for parts, _ in places]
+    loose = tops.count(None)
+    if loose == len(tops):
+        return None, ()
+    if loose:
+        handed: Sequence[Split | None] = splits or [None] * len(tops)
+        where = {split for split, top in zip(handed, tops, strict=True) if split and top is None}
+        inside = f" (in {', '.join(sorted(where))})" if where else ""
+        raise UserError(
+            f"data.path ({folder}) holds {loose} images{inside} beside sub-folders with"
+            f" {len(tops) - loose} more: put all of them into sub-folders, one for each class, or none; or"
+            " remove those whose class is unknown"
+        )
+    classes = tuple(sorted({top for top in tops if top is not None}))
+    for name in classes:
+        if name != name.encode(errors="replace").decode():
+            raise UserError(f"the sub-folder {name!r} of data.path must have a name in UTF-8: rename it")
+    index = {name: label for label, name in enumerate(classes)}
+    return [index[top] for top in tops if top is not None], classes

@@ -22,15 +22,20 @@ def hold_out(images: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
     return images.take(np.sort(order[n:])), images.take(np.sort(order[:n]))
 
 
-def split_of(image: NDArray[np.uint8], *, seed: int, validation: float, test: float) -> Split:
-    """Return the split of an image of a set without published splits, by a hash of its pixels and the seed.
-
-    validation, test: shares of all images, between 0 and 1.  An image that is added, removed or renamed moves
-    no other, and equal images are always in the same split.
-    """
+def place_of(image: NDArray[np.uint8], seed: int) -> int:
+    """Return a number of 64 bits by a hash of the image's pixels and the seed: equal images have the same."""
     digest = hashlib.sha256(f"{seed} {image.shape} ".encode() + image.tobytes()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return "test" if place < test else "validation" if place < test + validation else "train"
+    return int.from_bytes(digest[:8], "big")
+
+
+def split_at(place: int, *, validation: float, test: float) -> Split:
+    """Return the split of an image of a set without published splits.  place: of `place_of`.
+
+    validation, test: shares of all images, from 0 to 1.  An image that is added, removed or renamed moves no
+    other, and equal images are always in the same split.
+    """
+    share = place / 2**64
+    return "test" if share < test else "validation" if share < test + validation else "train"
 
 
 def describe(splits: Mapping[str, ImageSet], about: Mapping[str, Any]) -> dict[str, Any]:
