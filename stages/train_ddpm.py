@@ -1,5 +1,6 @@
 """Train the denoiser of the DDPM on the prepared images or latents.  Run by `dvc repro`; see dvc.yaml."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def main() -> None:
             precision=params.precision,
             compile=params.compile,
             validate=measure,
-            keep_at=round(params.ddpm.guide_share * params.ddpm.training.images),
+            keep_at=math.ceil(params.ddpm.guide_share * params.ddpm.training.images),
             log=run,
         )
         with resumable(checkpoint_folder(), "ddpm", trainer.fingerprint) as checkpoint:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,16 @@ def test_fits(tmp_path, fit):
     black, blue, red = [0, 0, 0], [0, 0, 255], [255, 0, 0]
     expected = {"crop": (red, red), "pad": (black, blue), "stretch": (blue, blue)}[fit]
     assert np.abs(np.array([corner, end]) - expected).max() <= 6  # Lanczos rings
+
+
+def test_arrays_in_an_archive_are_found(tmp_path):
+    images = np.random.RandomState(1).randint(0, 256, (30, 16, 16)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(30) % 2)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.write(tmp_path / "a.npz", "top/a.npz")
+    splits, _ = write(tmp_path / "in.zip", tmp_path / "out")
+    assert sum(map(len, splits.values())) == 30 and splits["train"].classes == ("0", "1")
+    assert not (tmp_path / ".unpacked").exists()
 
 
 # A look before

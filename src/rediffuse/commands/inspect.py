@@ -55,6 +55,7 @@ def inspect(path: str, sheet: Path) -> Iterator[str]:
         own.find_own(data, Path(scratch, "unpacked")) as found,
     ):
         yield from found.notes
+        yield from own.describe_found(found)
         looked = survey(found, data, thorough=True)
         data = data.model_copy(update=_fitting(found, looked))
         looked = survey(found, data) if data.size == 0 else looked

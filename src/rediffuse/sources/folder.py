@@ -106,10 +106,6 @@ def find_images(folder: Path, *, split_folders: bool = True) -> Found:
     splits = _splits_of(places, folder) if split_folders else None
     if splits is not None:
         places = [(parts[1:], path) for parts, path in places]
-        handed = Counter(splits)
-        notes.append(
-            "handed out in splits: " + ", ".join(f"{n:,} images in {split}" for split, n in handed.items())
-        )
     labels, classes = _labels(places, splits, folder)
     return Found(ImageFiles([path for _, path in places]), labels, classes, splits, notes)
 

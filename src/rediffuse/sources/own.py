@@ -54,8 +54,11 @@ def find_own(data: Data, scratch: Path) -> Iterator[Found]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            notes = unpack(path, scratch)
-            with find_own(data.model_copy(update={"path": str(scratch)}), scratch / "-") as found:
+            notes, inside = unpack(path, scratch), scratch
+            while inside.is_dir() and len(entries := list(inside.iterdir())) == 1:
+                [inside] = entries  # a folder around all of it, or a file of arrays
+            inside = inside if is_arrays(inside) else scratch
+            with find_own(data.model_copy(update={"path": str(inside)}), scratch / "-") as found:
                 yield replace(found, notes=[*notes, *found.notes])
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -120,7 +123,7 @@ def write_own(data: Data, target: Path) -> tuple[tuple[str, ...], dict[str, Any]
     """
     with find_own(data, target.with_name(".unpacked")) as found:
         looked = survey(found, data)
-        say([*found.notes, *describe_survey(looked, data)])
+        say([*found.notes, *describe_found(found), *describe_survey(looked, data)])
         tally = Tally()
         with ExitStack() as stack:
             labels = found.labels is not None
@@ -172,6 +175,13 @@ def check_counts(tally: Tally) -> None:
         f" must be at least {least}: set another data.split_seed, raise data.validation_share or"
         " data.test_share, or take more images that differ (params.yaml)"
     )
+
+
+def describe_found(found: Found) -> list[str]:
+    """Return the splits in which images were handed out, as a line, and how many are in each."""
+    handed = Counter(found.splits or ())
+    counts = ", ".join(f"{n:,} images in {split}" for split, n in handed.items())
+    return [f"handed out in splits: {counts}"] if handed else []
 
 
 def describe_survey(looked: Survey, data: Data) -> list[str]:
