@@ -96,7 +96,8 @@ def is_grey(image: Image.Image) -> bool:
 
 def lightness(image: Image.Image) -> tuple[float, float]:
     """Return the lightness of all that is visible, 0 to 1, weighted by its opacity, and the mean opacity."""
-    grey, alpha = (np.asarray(band, np.float64) / 255 for band in image.convert("LA").split())
+    image = image.convert("RGBA")
+    grey, alpha = (np.asarray(band, np.float64) / 255 for band in (image.convert("L"), image.getchannel("A")))
     opacity = float(alpha.mean())
     return (float((grey * alpha).mean()) / opacity if opacity else 0.0), opacity
 

@@ -90,7 +90,10 @@ def find_images(folder: Path, *, split_folders: bool = True) -> Found:
     noted.  Raises UserError if there are no images, and where classes or splits cannot be told.
     """
     if not folder.is_dir():
-        raise UserError(f"data.path ({folder}) must be a folder of images; there is none (params.yaml)")
+        raise UserError(
+            f"data.path ({folder}) must be a folder of images, an archive of one (zip, tar), .npz, .npy or"
+            " .parquet; there is none (params.yaml)"
+        )
     walk = _Walk(folder)
     places = list(walk)
     notes = walk.notes()
@@ -102,7 +105,7 @@ def find_images(folder: Path, *, split_folders: bool = True) -> Found:
         )
     places, inside = _enter(places, split_folders=split_folders)
     if inside:
-        notes.append(f"all images lie in the sub-folder {inside}: it is the set, and no class")
+        notes.append(f"all images lie in the sub-folder {_printable(inside)}: it is the set, and no class")
     splits = _splits_of(places, folder) if split_folders else None
     if splits is not None:
         places = [(parts[1:], path) for parts, path in places]
@@ -182,7 +185,13 @@ class _Walk:
 
 
 def _first(lines: Sequence[str]) -> str:
-    return "; ".join([*lines[:SHOWN], *([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])])
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return _printable("; ".join([*lines[:SHOWN], *more]))
+
+
+def _printable(name: str) -> str:
+    """Return a name that is not UTF-8 with question marks, as it can be printed."""
+    return name.encode(errors="replace").decode()
 
 
 def _among(others: Counter[str]) -> str:
@@ -256,7 +265,7 @@ def _labels(
         )
     classes = tuple(sorted({top for top in tops if top is not None}))
     for name in classes:
-        if name != name.encode(errors="replace").decode():
+        if name != _printable(name):
             raise UserError(f"the sub-folder {name!r} of data.path must have a name in UTF-8: rename it")
     index = {name: label for label, name in enumerate(classes)}
     return [index[top] for top in tops if top is not None], classes

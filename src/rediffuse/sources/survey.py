@@ -59,7 +59,7 @@ def survey(found: Found, data: Data, *, thorough: bool = False) -> Survey:
             grey = is_grey(image)
             if not grey:
                 coloured.set()
-        if image.has_transparency_data:
+        if image.has_transparency_data and not image.mode.startswith("I"):
             visible = lightness(image)
         brightest = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
         frames = getattr(image, "is_animated", False) and image.format != "MPO"
