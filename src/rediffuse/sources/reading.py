@@ -32,11 +32,12 @@ class Unreadable:
 
 
 def read_all(
-    images: Images, work: Callable[[Image.Image], T], title: str, problems: Path
+    images: Images, work: Callable[[Image.Image], T], title: str, problems: Path, place: str = "data.path"
 ) -> Iterator[tuple[int, T]]:
     """Yield number and work(image) of each image that can be read, in order.
 
-    Raises UserError at the end for all that cannot: each is named there, or in the file `problems`.
+    Raises UserError at the end for all that cannot: each is named there, or in the file `problems`.  place:
+    what the error calls the whole.
     """
     unreadable = list[Unreadable]()
     for index, result in enumerate(in_parallel(images, work, title)):
@@ -46,7 +47,7 @@ def read_all(
             yield index, result
     if unreadable:
         raise UserError(
-            f"{len(unreadable)} of {len(images)} images in data.path cannot be read; delete or repair them:"
+            f"{len(unreadable)} of {len(images)} images in {place} cannot be read; delete or repair them:"
             + "".join(f"\n  {line}" for line in _by_reason(unreadable, problems))
         )
 
