@@ -75,6 +75,6 @@ def read_images(names: Sequence[str], shape: tuple[int, int, int]) -> NDArray[np
         try:
             with open_image(name) as image:
                 found.append(decode(image, shape))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow has no base class of what it raises for a damaged file
             raise UserError(f"{name} cannot be read as an image: {one_line(error)}") from None
     return np.stack(found)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rediffuse.params import DIMENSIONS, Data
+from rediffuse.params import DIMENSIONS, SIDES, Data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +59,9 @@ def inspect(path: str, sheet: Path) -> Iterator[str]:
         yield from own.describe_found(found)
         looked = survey(found, data, thorough=True)
         data = data.model_copy(update=_fitting(found, looked))
-        looked = survey(found, data) if data.size == 0 else looked
+        if data.size == 0:
+            [(width, height)] = looked.sizes
+            looked = replace(looked, shape=(looked.shape[0], height, width))
         yield from own.describe_survey(looked, data)
         tally, shown = own.Tally(), defaultdict[int | None, list[Any]](list)
         for pixels, split, label, place in own.divide(found, looked, data, Path("unreadable.txt")):
@@ -71,16 +74,17 @@ def inspect(path: str, sheet: Path) -> Iterator[str]:
             yield f"{len(found.classes):,} classes: {', '.join(found.classes[:ROWS])}"
         _draw(shown, found.classes, sheet)
         yield f"{sheet}: what the models will see"
-        yield from _instruments(tally, found.classes)
+        possible = _possible(tally, found.classes)
+        yield from (f"instrument {name}: {why_not or 'possible'}" for name, why_not in possible.items())
         recipe = "recipes/folder-small.yaml" if tally.total <= SMALL else "params.yaml"
         yield f"\nParameters that fit, for {recipe}:\n"
-        yield yaml.safe_dump(_parameters(data, tally, looked, found.classes), sort_keys=False)
+        yield yaml.safe_dump(_parameters(data, tally, looked, possible), sort_keys=False)
 
 
 def _fitting(found: Found, looked: Survey) -> dict[str, Any]:
     """Return the size, and the share of test images, that suit the images."""
-    [(width, height), *more] = looked.sizes or [(SIDE, SIDE)]
-    as_they_are = not more and 16 <= min(width, height) <= max(width, height) <= 1.5 * SIDE
+    one_size = len(looked.sizes) == 1
+    as_they_are = one_size and all(SIDES[0] <= side <= 1.5 * SIDE for size in looked.sizes for side in size)
     wanted = SPARE * 2 * DIMENSIONS["random-conv-v1"] / max(1, len(found.images))
     share = min(0.5, max(0.2, round(wanted + 0.005, 2)))
     return {"size": 0 if as_they_are else SIDE, "test_share": share}
@@ -97,24 +101,17 @@ def _possible(tally: Tally, classes: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _instruments(tally: Tally, classes: Sequence[str]) -> Iterator[str]:
-    for name, why_not in _possible(tally, classes).items():
-        yield f"instrument {name}: {why_not or 'possible'}"
-
-
-def _parameters(data: Data, tally: Tally, looked: Survey, classes: Sequence[str]) -> dict[str, Any]:
-    possible = _possible(tally, classes)
+def _parameters(data: Data, tally: Tally, looked: Survey, possible: Mapping[str, str]) -> dict[str, Any]:
     instruments = [name for name in INSTRUMENTS if not possible[name]]
     test = tally.splits["test"]
     n = max([min(5000, test), *(2 * DIMENSIONS[name] for name in instruments)])
     names = ("set", "path", "size", "fit", "channels", "background", "split_folders", "test_share")
     found: dict[str, Any] = {
-        "data": data.model_dump(include=set(names)),
+        "data": {name: getattr(data, name) for name in names},
         "reference": {"instruments": instruments},
         "sample": {"n": n},
         "evaluate": {"kid_subset_size": max(2, min(1000, test, n)), "is_splits": min(10, test)},
     }
-    found["data"] = {name: found["data"][name] for name in names}
     if looked.shape[0] == 3:
         found["vae"] = {"likelihood": "gaussian"}
     return found

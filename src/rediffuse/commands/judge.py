@@ -81,12 +81,8 @@ def load_foreign(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
         found = find_images(path, split_folders=False).images
         problems = path.with_name(f"{path.name}-unreadable.txt")
-        return np.stack(
-            [
-                image
-                for _, image in read_all(found, partial(_read, shape=shape), "reading", problems, str(path))
-            ]
-        )
+        read = read_all(found, partial(_read, shape=shape), "reading", problems, str(path))
+        return np.stack([image for _, image in read])
     if path.suffix != ".npy":
         raise UserError(f"{path} must be a folder of images or a .npy file")
     images = load_npy(path, "give a folder of images, or an array that numpy.save wrote", mmap_mode="r")

@@ -77,7 +77,7 @@ def _is_tar(path: Path) -> bool:
 def _zip_members(zipped: zipfile.ZipFile) -> Iterator[Member]:
     for info in zipped.infolist():
         if info.flag_bits & 1:
-            raise NotImplementedError("it is encrypted")
+            raise zipfile.BadZipFile("it is encrypted")
         kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if it was not packed on Unix
         if not info.is_dir():
             yield Member(info.filename, info.file_size, kind in (0, stat.S_IFREG), partial(zipped.open, info))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from rediffuse.images.image_set import Split
 from rediffuse.runtime.errors import UserError
-from rediffuse.sources.folder import SPLITS
+from rediffuse.sources.folder import SPLIT_NAMES
 from rediffuse.sources.found import Found
 
 IMAGES = "images", "x", "X", "data", "arr_0"
@@ -116,7 +116,7 @@ def _parts(path: Path, arrays: Mapping[str, NDArray[Any]]) -> list[tuple[Split |
     parts = [(None, key, label) for key in IMAGES if key in arrays for label in labels or [None]]
     by_split = [
         (split, image.format(word), label.format(word) if label.format(word) in arrays else None)
-        for word, split in SPLITS.items()
+        for word, split in SPLIT_NAMES.items()
         for image, label in BY_SPLIT
         if image.format(word) in arrays
     ]

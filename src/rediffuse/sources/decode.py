@@ -88,8 +88,6 @@ def is_grey_mode(image: Image.Image) -> bool:
 
 def is_grey(image: Image.Image) -> bool:
     """Return whether no pixel has a colour.  A grey photograph is often stored in colour."""
-    if is_grey_mode(image):
-        return True
     pixels = np.asarray(flatten(image).convert("RGB"))
     return int((pixels.max(axis=2) - pixels.min(axis=2)).max()) <= TINT
 

@@ -22,7 +22,7 @@ FORMATS = (
     *("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "DIB", "PPM", "TGA", "QOI"),
     *("PCX", "SGI", "ICO", "PSD"),
 )
-SPLITS: dict[str, Split] = {
+SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -34,18 +34,8 @@ JUNK = (
 )
 # Where other tools keep labels, which are not read.
 LABELS = "metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv", "dataset.json"
-CONVERT = (
-    ".heic",
-    ".heif",
-    ".svg",
-    ".cr2",
-    ".nef",
-    ".arw",
-    ".dng",
-    ".jxl",
-    ".eps",
-    ".pdf",
-)  # images all the same
+# Images all the same, which another program can convert.
+CONVERT = ".heic", ".heif", ".svg", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf"
 SHOWN = 5  # kinds of files, or links, that a note names
 
 # The parts of a path below the folder, without its name, and the path.
@@ -85,9 +75,9 @@ def open_image(path: str | Path) -> Image.Image:
 def find_images(folder: Path, *, split_folders: bool = True) -> Found:
     """Find the images of a folder and its sub-folders, in the order of their names.
 
-    split_folders: whether sub-folders named train, test, ... (`SPLITS`) are splits, or classes.  A sub-folder
-    that holds all images, as archives have it, is entered.  Hidden files are skipped, other kinds of files
-    noted.  Raises UserError if there are no images, and where classes or splits cannot be told.
+    split_folders: whether sub-folders named train, test, ... (`SPLIT_NAMES`) are splits, or classes.  A
+    sub-folder that holds all images, as archives have it, is entered.  Hidden files are skipped, other kinds
+    of files noted.  Raises UserError if there are no images, and where classes or splits cannot be told.
     """
     if not folder.is_dir():
         raise UserError(
@@ -218,7 +208,7 @@ def _enter(places: list[Place], *, split_folders: bool) -> tuple[list[Place], st
     entered = list[str]()
     while True:
         [first, *more] = {parts[:1] for parts, _ in places}
-        if more or not first or (split_folders and first[0].lower() in SPLITS):
+        if more or not first or (split_folders and first[0].lower() in SPLIT_NAMES):
             return places, "/".join(entered)
         entered += first
         places = [(parts[1:], path) for parts, path in places]
@@ -227,8 +217,8 @@ def _enter(places: list[Place], *, split_folders: bool) -> tuple[list[Place], st
 def _splits_of(places: Sequence[Place], folder: Path) -> list[Split] | None:
     """Return the split of each image by its first sub-folder; None if no sub-folder is named like one."""
     tops = {parts[0] if parts else None for parts, _ in places}
-    named = sorted(top for top in tops if top and top.lower() in SPLITS)
-    others = sorted(top for top in tops if top and top.lower() not in SPLITS)
+    named = sorted(top for top in tops if top and top.lower() in SPLIT_NAMES)
+    others = sorted(top for top in tops if top and top.lower() not in SPLIT_NAMES)
     if not named or None in tops:  # images beside sub-folders: `_labels` refuses them
         return None
     if others:
@@ -237,7 +227,7 @@ def _splits_of(places: Sequence[Place], folder: Path) -> list[Split] | None:
             f" {', '.join(others[:SHOWN])}: if all are classes, set data.split_folders to false"
             " (params.yaml), else put all images into splits"
         )
-    splits = [SPLITS[parts[0].lower()] for parts, _ in places]
+    splits = [SPLIT_NAMES[parts[0].lower()] for parts, _ in places]
     if "train" not in splits:
         raise UserError(
             f"data.path ({folder}) holds only {', '.join(named)}, and nothing to train on: add a sub-folder"

@@ -26,7 +26,7 @@ from PIL import Image
 from rediffuse.images.image_set import Split
 from rediffuse.runtime.errors import UserError
 from rediffuse.sources.arrays import number_labels
-from rediffuse.sources.folder import FORMATS, SPLITS, open_image
+from rediffuse.sources.folder import FORMATS, SPLIT_NAMES, open_image
 from rediffuse.sources.found import Found
 
 IMAGES = "image", "img", "file_name"  # the last one holds names in Hugging Face's metadata of a folder
@@ -129,7 +129,7 @@ def find_parquet(path: Path) -> Found:
     """Return the images of a file, or of all files of a folder, in the order of their names.
 
     Files of a folder are splits by their names (train-00000-of-00002.parquet), or by those of their folders,
-    as in SPLITS.  Raises UserError for damaged files, and where columns or splits cannot be told.
+    as in SPLIT_NAMES.  Raises UserError for damaged files, and where columns or splits cannot be told.
     """
     files = sorted(_files(path))
     groups, counts, labels = list[Group](), list[int](), list[NDArray[Any]]()
@@ -260,7 +260,7 @@ def _splits(path: Path, files: Sequence[Path], counts: Sequence[int]) -> list[Sp
         listed = "".join(f"\n  {file}: {split or 'unknown'}" for file, split in told.items())
         raise UserError(
             f"the files in data.path must be of the split train and others, or of none: begin their names"
-            f" with {', '.join(SPLITS)}; keep some out, or give a single file:{listed}"
+            f" with {', '.join(SPLIT_NAMES)}; keep some out, or give a single file:{listed}"
         )
     return [split for split, n in zip(told.values(), counts, strict=True) if split for _ in range(n)]
 
@@ -268,7 +268,7 @@ def _splits(path: Path, files: Sequence[Path], counts: Sequence[int]) -> list[Sp
 def _split(name: Path) -> Split | None:
     """Return the split that the file's name tells, or else that of the nearest folder."""
     for part in reversed(name.parts):
-        told = {SPLITS[word] for word in re.split("[^a-z]+", part.lower()) if word in SPLITS}
+        told = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", part.lower()) if word in SPLIT_NAMES}
         if told:
             return told.pop() if len(told) == 1 else None
     return None

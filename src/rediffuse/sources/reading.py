@@ -66,9 +66,8 @@ def in_parallel(images: Images, work: Callable[[Image.Image], T], title: str) ->
     n = len(images)
     bar = tqdm(total=n, desc=title, unit="image", leave=False)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
-        warnings.simplefilter(
-            "ignore"
-        )  # of large images and of damaged metadata; what cannot be read is named
+        # Of large images and of damaged metadata; what cannot be read is named.
+        warnings.simplefilter("ignore")
         for start in range(0, n, AHEAD * threads):
             for result in pool.map(attempt, range(start, min(n, start + AHEAD * threads))):
                 bar.update()
