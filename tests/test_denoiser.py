@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rediffuse.diffusion.augmentation import SHIFT, augment, draw_augmentation
 from rediffuse.diffusion.denoiser import Denoiser
+from rediffuse.diffusion.objective import squared_error
 from rediffuse.diffusion.schedule import Schedule
 from rediffuse.diffusion.step import DenoisingStep
 from rediffuse.diffusion.unet import HEAD_DIM, SelfAttention, written_out_attention
@@ -223,6 +225,84 @@ def test_mirrored_images_are_those_that_the_noise_names():
     loss = step(denoiser, images, None, noise | {"mirrored": mirrored}, 0)[0]
     assert loss == step(denoiser, torch.stack(flipped), None, noise, 0)[0]
     assert loss != step(denoiser, images, None, noise, 0)[0]
+
+
+def told(n: int, **columns: float) -> Tensor:
+    """What tells of an augmentation of n images, by the names of its columns."""
+    names = ("mirror_x", "mirror_y", "scale", "cos", "sin", "along", "across", "right", "down")
+    return torch.tensor([columns.get(name, 0.0) for name in names]).expand(n, -1)
+
+
+def test_an_image_is_augmented_as_the_network_is_told():
+    images = (noisy(3, (2, 16, 24)) / 3).clamp(-1, 1)
+
+    def close(result: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+    assert torch.equal(augment(images, told(3)), images)
+    close(augment(images, told(3, mirror_x=1)), images.flip(3))
+    close(augment(images, told(3, mirror_y=1)), images.flip(2))
+    close(augment(images, told(3, cos=-2)), images.flip(2, 3))  # cos - 1 of half a turn
+    square = images[:, :, :, :16]
+    close(augment(square, told(3, cos=-1, sin=1)), square.rot90(1, (2, 3)))
+    right, down = 3 / 24 / SHIFT, -2 / 16 / SHIFT  # 3 pixels to the right and 2 up
+    moved = augment(images, told(3, right=right, down=down))
+    close(moved[:, :, :-2, 3:], images[:, :, 2:, :-3])
+    close(moved[:, :, :-2, :3], images[:, :, 2:, :3].flip(3))  # what was outside is mirrored
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"scale": 5.0}, (2.0, 2.0)),  # 2 ** (5 SPREAD) times as large
+        ({"along": 5.0}, (2.0, 0.5)),  # left to right
+        ({"along": -5.0}, (0.5, 2.0)),
+        ({"scale": 5.0, "along": 5.0}, (4.0, 1.0)),
+        ({"along": 5.0, "cos": -1, "sin": 1}, (0.5, 2.0)),  # and a quarter turn
+    ],
+    ids=str,
+)
+def test_scale_and_stretch_are_those_that_the_network_is_told(columns, expected):
+    """Of a smooth spot in the middle, the widths by its second moments; further out is its mirror image."""
+    y, x = torch.meshgrid(torch.arange(128) - 63.5, torch.arange(128) - 63.5, indexing="ij")
+    spot = 2 * torch.exp(-(x.square() + y.square()) / (2 * 2.0**2)) - 1
+    seen = (augment(spot[None, None], told(1, **columns))[0, 0] + 1) / 2 * (x.abs() < 32) * (y.abs() < 32)
+    widths = [((seen * each.square()).sum() / seen.sum()).sqrt().item() / 2 for each in (x, y)]
+    assert widths == pytest.approx(expected, rel=0.02)
+
+
+def test_each_kind_of_augmentation_has_the_probability_asked_for():
+    drawn = draw_augmentation(20_000, 0.2, seeded())
+    kinds = [
+        drawn[:, 0],
+        drawn[:, 1],
+        drawn[:, 2],
+        drawn[:, 3:5].any(1),
+        drawn[:, 5:7].any(1),
+        drawn[:, 7:].any(1),
+    ]
+    shares = [(kind != 0).double().mean().item() for kind in kinds]
+    five_sigma = 5 * math.sqrt(0.2 * 0.8 / 20_000)
+    assert shares == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.2, 0.2], abs=five_sigma)  # half of mirrors do nothing
+    turned = drawn[drawn[:, 3:5].any(1)]
+    torch.testing.assert_close((turned[:, 3] + 1).square() + turned[:, 4].square(), torch.ones(len(turned)))
+    assert not draw_augmentation(100, 0.0, seeded()).any()
+
+
+def test_only_the_network_that_is_told_sees_an_augmentation():
+    """What it draws, without being told, is what it learnt of images as they are."""
+    denoiser, images, step = make(class_names=[], augment=0.3), grey(16), step_of(augment=0.3)
+    noise = step.draw(denoiser, images.shape, seeded())
+    assert "augmentation" not in step_of().draw(denoiser, images.shape, seeded())
+    how = noise["augmentation"]
+    x_0 = images.float() / 127.5 - 1
+    by_hand = squared_error(denoiser, augment(x_0, how), None, noise["t"], noise["eps"], how)
+    assert step(denoiser, images, None, noise, 0)[0].item() == pytest.approx(by_hand.mean().item(), rel=1e-5)
+    x_t, t = noisy(4), at(5, 50, 70, 100)
+    assert torch.equal(denoiser(x_t, t, None), denoiser(x_t, t, None, told(4)))
+    assert not torch.equal(denoiser(x_t, t, None), denoiser(x_t, t, None, told(4, scale=1.0)))
+    plain = make(class_names=[])
+    assert torch.equal(plain(x_t, t, None), plain(x_t, t, None, told(4, scale=1.0)))
 
 
 # Learning

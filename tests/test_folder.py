@@ -9,6 +9,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -347,9 +348,12 @@ def test_all_that_cannot_be_read_is_named_in_one_go_by_reason(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "float.tif")
     (folder / "text.png").write_text("no image")
     (folder / "nowhere.png").symlink_to(tmp_path / "nothing")
-    header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (12_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
-    (folder / "huge.png").write_bytes(header + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"5 of 35 images in data\.path cannot be read") as error:
+    header = b"IHDR" + (12_000).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0"
+    chunks = [header, b"IEND"]
+    ends = [len(each[4:]).to_bytes(4, "big") + each + crc32(each).to_bytes(4, "big") for each in chunks]
+    (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(ends))
+    (folder / "cut-in-its-head.png").write_bytes(b"\x89PNG\r\n\x1a\n" + ends[0][:-4])
+    with pytest.raises(UserError, match=r"6 of 36 images in data\.path cannot be read") as error:
         write(tmp_path / "in", tmp_path / "out")
     text = str(error.value)
     for name, reason in {
@@ -357,16 +361,17 @@ def test_all_that_cannot_be_read_is_named_in_one_go_by_reason(tmp_path):
         "float.tif": "floating-point numbers",
         "text.png": "no image",
         "nowhere.png": "a link that leads nowhere",
-        "huge.png": "",
+        "huge.png": "holds no pixels",
+        "cut-in-its-head.png": "",
     }.items():
         assert any(reason in line and name in line for line in text.splitlines()[1:]), name
     for i in range(30):
         (folder / f"{i:04}.png").write_bytes(whole[:-500])
     with pytest.raises(
-        UserError, match=r"35 of 35.*\n  cut off: 31, among them .*\n(.*\n)*.*unreadable\.txt"
+        UserError, match=r"36 of 36.*\n  cut off: 31, among them .*\n(.*\n)*.*unreadable\.txt"
     ):
         write(tmp_path / "in", tmp_path / "out")
-    assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == 35
+    assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == 36
 
 
 def drawing(seed: int, level: int) -> Image.Image:

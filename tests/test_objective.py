@@ -27,7 +27,7 @@ class Guess:
     classes: int = 10
     asked: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None, told: Tensor | None = None) -> Tensor:
         self.asked.append((x_t, t, labels))
         x_0 = self.x_0_hat(x_t, t).double()
         eps = self.schedule.eps_from(x_0, x_t.double(), t)
@@ -154,12 +154,12 @@ def test_the_network_sees_images_noised_to_their_own_time():
 
 
 def test_validation_is_the_same_each_time_and_in_any_chunks():
-    x_0, labels = images(50), torch.arange(50) % 10
+    x_0, labels = images(1000), torch.arange(1000) % 10
     network = Guess("v", lambda x_t, t: x_t * torch.tensor(0.5, requires_grad=True))  # it builds no graph
-    first = validate(network, x_0, labels, seed=4, chunk=50)
-    assert validate(network, x_0, labels, seed=4, chunk=50) == first
+    first = validate(network, x_0, labels, seed=4, chunk=1000)
+    assert validate(network, x_0, labels, seed=4, chunk=1000) == first
     assert torch.equal(network.asked[0][2], labels)  # all are kept
-    for chunk in (1, 7):
+    for chunk in (77, 256):
         assert validate(network, x_0, labels, seed=4, chunk=chunk) == pytest.approx(first, rel=1e-5)
     assert validate(network, x_0, labels, seed=5)["eps_mse"] != first["eps_mse"]
 
@@ -167,11 +167,20 @@ def test_validation_is_the_same_each_time_and_in_any_chunks():
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_validation_of_a_known_error(predict):
     """x_0 missed by c everywhere: the error of eps is SNR c^2."""
-    x_0, c = images(50), 0.01
+    x_0, c = images(1000), 0.01
     network = Guess(predict, lambda x_t, t: x_0 + c)
-    losses = validate(network, x_0, None, seed=0)
+    losses = validate(network, x_0, None, seed=0, chunk=1000)
     _, t, _ = network.asked[0]
-    assert sorted(((t - 1) // 2).tolist()) == list(range(50))  # stratified over the images
+    assert torch.equal(t.bincount()[1:], torch.full((100,), 10))  # stratified over the images
     error, quarter = network.schedule.snr[t] * c**2, (t - 1) // 25
     expected = {"eps_mse": error.mean()} | {f"eps_mse_q{q + 1}": error[quarter == q].mean() for q in range(4)}
     assert losses == pytest.approx({key: value.item() for key, value in expected.items()}, rel=1e-3)
+
+
+def test_few_images_are_each_validated_equally_often_with_noise_of_their_own():
+    x_0, labels = images(7), torch.arange(7)
+    network = Guess("v", lambda x_t, t: x_t / 2)
+    losses = validate(network, x_0, labels, seed=4)
+    rated = torch.cat([seen for _, _, seen in network.asked])
+    assert torch.equal(rated.bincount(), torch.full((7,), 143))  # 1,001 in all
+    assert validate(Guess("v", lambda x_t, t: x_t / 2), x_0[rated], rated, seed=4) == losses

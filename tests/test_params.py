@@ -117,6 +117,12 @@ LATENTS = {"ddpm.space": "latents", "vae.latent_channels": 4}
         (LATENTS | {"vae.latent_channels": 0}, "ddpm.space latents needs vae.latent_channels above 0"),
         (LATENTS | {"vae.conditional": True}, "ddpm.space latents needs vae.conditional false"),
         (LATENTS | {"ddpm.flip": True}, "ddpm.space latents needs ddpm.flip false"),
+        (LATENTS | {"ddpm.augment": 0.1}, "ddpm.space latents needs ddpm.augment 0"),
+        (
+            {"data.validation": 0, "vae.training.patience": 2},
+            r"vae.training.patience \(2\) .*data.validation",
+        ),
+        ({"ddpm.training.patience": 3}, r"ddpm.training.patience \(3\) needs ddpm.guide_share 0.*got 0.15"),
         ({"sample.n": 999, "evaluate.kid_subset_size": 1000}, r"sample.n \(999\) .*1000 .*kid_subset_size"),
         (SMALL | {"evaluate.is_splits": 6}, r"sample.n \(5\) must be at least 6 for evaluate.is_splits"),
         (ONE_SPLIT | {"evaluate.neighbours": 5}, "at least 6 for evaluate.neighbours"),

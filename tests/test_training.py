@@ -120,7 +120,7 @@ class Log:
 def training(**changes: Any) -> Training:
     defaults: dict[str, Any] = {"images": 60, "batch": 4, "clip_norm": 1.0, "ema_half_life": 10}
     defaults |= {"lr": 0.01, "lr_warmup": 8, "lr_decay": "cosine", "weight_decay": 0.1}
-    defaults |= {"optimizer": "adamw", "muon_lr": 0.02}
+    defaults |= {"optimizer": "adamw", "muon_lr": 0.02, "patience": 0}
     defaults |= {"log_every": 7, "validate_every": 16, "checkpoint_every": 12}
     return Training(**(defaults | changes))
 
@@ -224,6 +224,36 @@ def test_the_average_is_kept_where_it_is_asked_for_and_changes_nothing(tmp_path)
     plain = run(tmp_path / "plain")[0]
     assert all(torch.equal(weight, weights[key]) for key, weight in plain.items())
     assert make_trainer(keep_at=14).fingerprint != make_trainer().fingerprint
+
+
+# Validated each 8 images: the second validation is the best, the fourth as good.
+FALLS_AND_RISES = {"validate_every": 8, "images": 120, "patience": 3}
+
+
+def falls_and_rises(net: Net, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+    validation = int(net.norm.num_batches_tracked) // 2
+    return {"error": [5.0, 2.0, 4.0, 2.0, 3.0, 1.0, *[9.0] * 9][validation - 1], "norm": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("patience", "kept", "validations"), [(3, 16, 5), (4, 48, 10), (9, 48, 15), (0, 120, 15)]
+)
+def test_training_ends_when_its_patience_does_and_the_best_average_is_kept(
+    tmp_path, patience, kept, validations
+):
+    log, settings = Log(), FALLS_AND_RISES | {"patience": patience}
+    weights, curves, _ = run(tmp_path / "run", validate=falls_and_rises, log=log, **settings)
+    assert len(curves.validation) == len(log.models) == validations
+    assert torch.equal(weights["average.linear.weight"], dict(log.models)[kept])
+
+
+@pytest.mark.parametrize("killed_after", [5, 8, 9])  # before and after the best validation, at 4 steps
+def test_a_training_with_patience_resumes_exactly(tmp_path, killed_after):
+    settings = FALLS_AND_RISES | {"validate": falls_and_rises}
+    expected = run(tmp_path / "undisturbed", **settings)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", Step(killed_after=killed_after), **settings)
+    assert_same(run(tmp_path / "killed", **settings), expected)
 
 
 def test_without_held_out_images_nothing_is_validated_and_training_is_the_same(tmp_path):

@@ -120,6 +120,7 @@ class Training(Group):
     weight_decay: Float = Field(ge=0, le=1)
     clip_norm: Float = Field(gt=0)
     ema_half_life: int = Field(ge=0)
+    patience: int = Field(ge=0)
     log_every: int = Field(ge=1)
     validate_every: int = Field(ge=1)
     checkpoint_every: int = Field(ge=1)
@@ -163,6 +164,7 @@ class DDPM(Group):
     log_snr_scale: Float = Field(gt=0, le=100)
     stratified: bool
     flip: bool
+    augment: Float = Field(ge=0, lt=1)
     fold: Literal[1, 2, 4]
     width: int = Field(ge=8, le=1024, multiple_of=8)
     multipliers: list[Annotated[int, Field(ge=1, le=16)]] = Field(min_length=1, max_length=5)
@@ -249,6 +251,8 @@ class Params(Group):
                 raise ValueError("ddpm.space latents needs vae.conditional false: set ddpm.conditional")
             if ddpm.flip:
                 raise ValueError("ddpm.space latents needs ddpm.flip false: it cannot mirror latents")
+            if ddpm.augment:
+                raise ValueError("ddpm.space latents needs ddpm.augment 0: it cannot augment latents")
         if steps > ddpm.T:
             raise ValueError(f"sample.ddpm.steps ({steps}) must not exceed ddpm.T ({ddpm.T}): change either")
         if (scale := self.sample.ddpm.guidance_scale) != 1 and not (ddpm.conditional and ddpm.label_drop > 0):
@@ -260,6 +264,17 @@ class Params(Group):
             raise ValueError(
                 f"sample.ddpm.autoguidance_scale ({scale}) other than 1 needs a guide: set it to 1, or"
                 " ddpm.guide_share above 0"
+            )
+        for name, training in (("vae", vae.training), ("ddpm", ddpm.training)):
+            if training.patience and self.data.set != "folder" and not self.data.validation:
+                raise ValueError(
+                    f"{name}.training.patience ({training.patience}) needs images to validate with: set it to"
+                    " 0, or data.validation above 0"
+                )
+        if ddpm.training.patience and ddpm.guide_share:
+            raise ValueError(
+                f"ddpm.training.patience ({ddpm.training.patience}) needs ddpm.guide_share 0, because"
+                f" training may end before the guide is kept: got {ddpm.guide_share}"
             )
         named = ("sample.seeds", self.sample.seeds), ("reference.instruments", self.reference.instruments)
         for name, values in named:

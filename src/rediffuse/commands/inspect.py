@@ -76,8 +76,7 @@ def inspect(path: str, sheet: Path) -> Iterator[str]:
         yield f"{sheet}: what the models will see"
         possible = _possible(tally, found.classes)
         yield from (f"instrument {name}: {why_not or 'possible'}" for name, why_not in possible.items())
-        recipe = "recipes/folder-small.yaml" if tally.total <= SMALL else "params.yaml"
-        yield f"\nParameters that fit, for {recipe}:\n"
+        yield f"\nParameters that fit, for {_recipe(tally, looked)}:\n"
         yield yaml.safe_dump(_parameters(data, tally, looked, possible), sort_keys=False)
 
 
@@ -88,6 +87,13 @@ def _fitting(found: Found, looked: Survey) -> dict[str, Any]:
     wanted = SPARE * 2 * DIMENSIONS["random-conv-v1"] / max(1, len(found.images))
     share = min(0.5, max(0.2, round(wanted + 0.005, 2)))
     return {"size": 0 if as_they_are else SIDE, "test_share": share}
+
+
+def _recipe(tally: Tally, looked: Survey) -> str:
+    """Return the file whose other parameters suit the images."""
+    if tally.total <= SMALL:
+        return "recipes/folder-small.yaml"
+    return "recipes/folder-colour.yaml" if looked.shape[0] == 3 else "params.yaml"
 
 
 def _possible(tally: Tally, classes: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,8 @@ class Architecture(UNetArchitecture):
 class Denoiser(Rebuildable):
     """Predict eps, x_0 or v, (B, C, H, W), float32, from x_t, t (int64 in 1..T) and labels.
 
+    told: as in `UNet`.
+
     shape: (C, H, W).  clip: True for images, which are in [-1, 1]; False for unbounded data such as latents.
     class_names: names of the labels 0, 1, ...; empty for an unconditional model.  The label `classes`, one
     past the last, means "no label".  `config` holds the arguments that rebuild it.
@@ -49,6 +51,6 @@ class Denoiser(Rebuildable):
         self.schedule = Schedule.make(architecture["schedule"], architecture["T"])
         self.unet = UNet(shape, classes=self.classes, **unet_arguments(architecture))
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        output: Tensor = self.unet(x_t, t / self.schedule.T, labels)
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None, told: Tensor | None = None) -> Tensor:
+        output: Tensor = self.unet(x_t, t / self.schedule.T, labels, told)
         return output.float()

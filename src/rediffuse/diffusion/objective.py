@@ -7,6 +7,7 @@ shapes, so that a CPU and a GPU train on the same noise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ def uniform_times(T: int) -> Tensor:
     return torch.arange(1, T + 1, dtype=torch.float64) / T
 
 
+@lru_cache(maxsize=1)  # each step of a training asks for the same
 def laplace_times(schedule: Schedule, mean: float, scale: float) -> Tensor:
     """Return P(t <= 1), ..., P(t <= T), float64 (T,), for a log SNR at t that has a Laplace distribution.
 
@@ -82,20 +84,24 @@ def noised_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each image (Ho et al. 2020, algorithm 1), weighted, and its t, both (B,).
 
-    noise: of `draw_noise`, or a slice of it.  A dropped label becomes `classes` (Ho & Salimans 2022).
+    noise: of `draw_noise`, or a slice of it; with `augmentation`, how the images were augmented.  A dropped
+    label becomes `classes` (Ho & Salimans 2022).
     """
     t = noise["t"].to(x_0.device)
     if labels is not None:
         labels = labels.masked_fill(noise["dropped"].to(labels.device), denoiser.classes)
-    losses = squared_error(denoiser, x_0, labels, t, noise["eps"].to(x_0))
+    told = noise["augmentation"].to(x_0) if "augmentation" in noise else None
+    losses = squared_error(denoiser, x_0, labels, t, noise["eps"].to(x_0), told)
     weight = denoiser.schedule.loss_weight(denoiser.predict, weighting, gamma, t)
     return weight.to(losses.dtype) * losses, t
 
 
-def squared_error(denoiser: Denoiser, x_0: Tensor, labels: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+def squared_error(
+    denoiser: Denoiser, x_0: Tensor, labels: Tensor | None, t: Tensor, eps: Tensor, told: Tensor | None = None
+) -> Tensor:
     """Return the squared error of the network's output, averaged over C, H, W, (B,)."""
     schedule, predict = denoiser.schedule, denoiser.predict
-    output: Tensor = denoiser(schedule.q_sample(x_0, t, eps), t, labels)
+    output: Tensor = denoiser(schedule.q_sample(x_0, t, eps), t, labels, told)
     return (output.to(x_0.dtype) - schedule.target(predict, x_0, eps, t)).square().flatten(1).mean(1)
 
 

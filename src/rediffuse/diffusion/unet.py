@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar, Unpack, cast
+from typing import Any, NotRequired, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 # The fewest features in a group of GroupNorm, and in a head.  With smaller groups PyTorch's kernel for
 # channels_last takes 10 times as long on a CPU.
 GROUP, HEAD_DIM = 16, 64
+TOLD = 9  # numbers that tell how an image was augmented, see augmentation.py
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,21 +32,25 @@ class Architecture(TypedDict):
     blocks: int
     attention: int
     dropout: float
+    augment: NotRequired[float]  # which older models lack
 
 
 def unet_arguments(config: Mapping[str, Any]) -> Architecture:
     """Select the arguments of the network from those of a model."""
-    return cast(Architecture, {name: config[name] for name in Architecture.__annotations__})
+    return cast(Architecture, {name: config[name] for name in Architecture.__annotations__ if name in config})
 
 
 class UNet(nn.Module):
     """Map x (B, C, H, W), t in [0, 1] (B,) and labels int64 (B,) or None to (B, C, H, W).
 
+    told: how the images were augmented, (B, TOLD), by a network that trains with augmentation; None: not.
+
     shape: (C, H, W), with any H and W: the image is padded inside, and cropped again.
     classes: number of labels; the index `classes` means "no label"; 0: unconditional.
     width: features at the first resolution.  multipliers: features of each resolution, in widths; each is
     half the one before.  blocks: residual blocks per resolution, on the way down and on the way up.
-    attention: the largest height with self-attention, 0 for none.
+    attention: the largest height with self-attention, 0 for none.  augment: above 0 if it is trained with
+    augmentation.
     """
 
     def __init__(self, shape: Sequence[int], *, classes: int, **architecture: Unpack[Architecture]) -> None:
@@ -58,6 +63,7 @@ class UNet(nn.Module):
         embedding = 4 * width
         self.embed_t = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.embed_label = nn.Embedding(classes + 1, embedding) if classes else None
+        self.embed_told = nn.Linear(TOLD, embedding, bias=False) if architecture.get("augment") else None
         self.fold, self.unfold = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
 
         def block(inputs: int, outputs: int, size: int) -> ResidualBlock:
@@ -86,7 +92,7 @@ class UNet(nn.Module):
         to_pixels = nn.Conv2d(before, channels * fold**2, 3, padding=1)
         self.last = nn.Sequential(group_norm(before), nn.SiLU(), zero(to_pixels))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, told: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]
         x = pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
         embedding = self.embed_t(sinusoids(t, self.width))
@@ -94,6 +100,8 @@ class UNet(nn.Module):
             if labels is None:
                 labels = torch.full((len(x),), self.classes, device=x.device)
             embedding = embedding + self.embed_label(labels)
+        if self.embed_told is not None and told is not None:
+            embedding = embedding + self.embed_told(told)
         embedding = silu(embedding)
         h = self.first(self.fold(x))  # (B, width, H / fold, W / fold)
         skips = []

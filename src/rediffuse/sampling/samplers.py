@@ -28,8 +28,7 @@ Spacing = Callable[[Schedule, int], list[int]]  # number of steps -> times
 Observe = Callable[[int, Tensor, Tensor], None]  # sees t, x_t and D(x_t, t) at each step
 
 # Karras' spacing, for 20 steps on Fashion-MNIST.  0.01 is a grey level: the last step starts from noise that
-# hardly shows.  SIGMA_MAX from 20 to 160 and RHO from 3 to 7 score alike; these are in the middle
-# (docs/ablation.md).
+# hardly shows (docs/ablation.md).  With SIGMA_MAX from 20 to 160 and RHO from 3 to 7, images scored alike.
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 40.0, 4.0
 
 

@@ -83,6 +83,8 @@ def _reason(error: Exception) -> str:
         return "may not be read"
     if "truncated" in str(error).lower() or "broken data stream" in str(error):
         return "cut off"
+    if "cannot load this image" in str(error):
+        return "holds no pixels"
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 

@@ -69,7 +69,8 @@ class Trainer(Generic[Model]):
     train, held_out: images (N, C, H, W) and labels int64 (N,) or None, on the device to train on.  Without
     held-out images nothing is validated.
     name: the group of parameters, and the prefix of logged names.
-    validate: measures the averaged model on held_out.
+    validate: measures the averaged model on held_out.  Its first value is what config.patience watches: lower
+    is better.
     keep_at: images after which the average is kept as `early`; 0: it is not.
 
     All that the weights and curves depend on is an argument, so that the `fingerprint` is complete.
@@ -115,6 +116,7 @@ class Trainer(Generic[Model]):
         self.average = Average(self.model, config.ema_half_life)
         self.keep_at = keep_at
         self.early: Model | None = None
+        self.best: Model | None = None  # at the best validation so far, if there is patience
         compile_parts(self.model, self.images.device, compile)
         self.optimizers = make_optimizers(self.model, config)
         self.rates = [torch.optim.lr_scheduler.LambdaLR(each, self._rate) for each in self.optimizers]
@@ -130,12 +132,13 @@ class Trainer(Generic[Model]):
     def train(self, checkpoint: Checkpoint) -> tuple[Model, Curves]:
         """Train from the checkpoint or the beginning.  Return the averaged model, in eval mode, and curves.
 
-        Raises UserError if the loss or the weights stop being finite.
+        With patience, it is the model of the best validation.  Raises UserError if the loss or the weights
+        stop being finite.
         """
         self._resume(checkpoint)
         title, total, off = f"train {self.name}", self.steps * self.config.batch, not processes.is_main()
         with tqdm(None, title, total, initial=self.seen, unit="img", mininterval=1.0, disable=off) as bar:
-            while self.done < self.steps:
+            while self.done < self.steps and not self._exhausted():
                 self._step()
                 bar.update(self.config.batch)
                 if self._due(self.config.log_every):
@@ -145,7 +148,19 @@ class Trainer(Generic[Model]):
                     self._validate()
                 if self._due(self.config.checkpoint_every):
                     self._save(checkpoint)
-        return self.average.model.eval(), self.curves
+        return self.best or self.average.model.eval(), self.curves
+
+    def _exhausted(self) -> bool:
+        """Return whether the last `patience` validations were no better than the one before them."""
+        patience, since = self.config.patience, len(self.curves.validation) - 1 - self._best()
+        return 0 < patience <= since
+
+    def _best(self) -> int:
+        """Return which validation was the best, the first of equals; -1 if there was none."""
+        values = [
+            list(row.values())[1] for row in self.curves.validation
+        ]  # the first is the number of images
+        return min(range(len(values)), key=values.__getitem__, default=-1)
 
     def _step(self) -> None:
         seen, config, device = self.seen, self.config, self.images.device
@@ -165,7 +180,7 @@ class Trainer(Generic[Model]):
             rate.step()
         self.average.update(self.model, seen=seen + config.batch, batch=config.batch)
         if seen < self.keep_at <= seen + config.batch:
-            self.early = copy.deepcopy(self.average.model).eval()
+            self.early = self._averaged()
         self.done += 1
         for key, measure in measures.items():  # summed on the device: reading a value would wait for it
             self.sums[key] = self.sums[key] + measure if key in self.sums else measure
@@ -197,9 +212,15 @@ class Trainer(Generic[Model]):
             measured = self.validate(model, *self.held_out)
             named = {f"validation_{key}": value for key, value in measured.items()}
             self._add_to(self.curves.validation, named)
+            if self.config.patience and self._best() == len(self.curves.validation) - 1:
+                self.best = self._averaged()
         if self.log is not None and processes.is_main():
             with torch.no_grad():
                 self.log.log_model(self.seen, model)
+
+    def _averaged(self) -> Model:
+        """Return a copy of the averaged model, in eval mode."""
+        return copy.deepcopy(self.average.model).eval()
 
     def _add_to(self, curve: list[Row], values: Row) -> None:
         curve.append({"images": self.seen, **values})
@@ -235,8 +256,8 @@ class Trainer(Generic[Model]):
                 f" {_in_words(**now)}: the result will differ from that of an undisturbed run by rounding"
             )
             print(message, file=sys.stderr, flush=True)
-        if "early" in state:
-            self.early = copy.deepcopy(self.average.model).eval()
+        self.early = self._averaged() if "early" in state else None
+        self.best = self._averaged() if "best" in state else None
         for key, part in self._parts().items():
             part.load_state_dict(state[key])
         self.done = state["done"]
@@ -256,9 +277,8 @@ class Trainer(Generic[Model]):
         )
 
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler]:
-        models = {"model": self.model, "average": self.average.model}
-        if self.early is not None:
-            models["early"] = self.early
+        copies = {"average": self.average.model, "early": self.early, "best": self.best}
+        models = {"model": self.model} | {name: model for name, model in copies.items() if model is not None}
         optimizers = {f"optimizer {i}": optimizer for i, optimizer in enumerate(self.optimizers)}
         return {**models, **optimizers, **{f"rate {i}": rate for i, rate in enumerate(self.rates)}}
 
