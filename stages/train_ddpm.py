@@ -68,9 +68,13 @@ def main() -> None:
                 # With latents, the model keeps their VAE, so that it draws images by itself.
                 copy_folder(folder / VAE_FOLDER, MODEL / VAE_FOLDER)
                 parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-                last = curves.validation[-1:]  # its quarters are in the curves
-                measured = [{"validation": {"eps_mse": row["validation_eps_mse"]}} for row in last]
-                write_json(METRICS, {**dict(*measured), "parameters": parameters})
+                report: dict[str, object] = {}
+                if trainer.kept:  # its quarters are in the curves
+                    report["validation"] = {"eps_mse": trainer.kept["validation_eps_mse"]}
+                report["parameters"] = parameters
+                if trainer.kept and params.ddpm.training.patience:
+                    report["kept_at"] = trainer.kept["images"]
+                write_json(METRICS, report)
                 write_curves(PLOTS, curves)
 
 

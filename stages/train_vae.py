@@ -56,6 +56,8 @@ def main() -> None:
             measured = final_measures(vae, images, on_device(test), seed=params.seed)
             if is_main():
                 save_model(vae, MODEL)
+                if params.vae.training.patience and trainer.kept:
+                    measured["kept_at"] = trainer.kept["images"]
                 write_json(METRICS, measured)
                 write_curves(PLOTS, curves)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import itertools
 import json
@@ -113,6 +114,24 @@ def test_ten_images_go_all_the_way(run, capsys):
     # The settings are the parameters, not the outcome.
     with pytest.raises(UserError, match="and 7 components"):
         load_image_model(Path("data/models/vae"), settings | {"components": 7}, prior=prior)
+
+
+def test_of_few_images_the_best_model_is_kept(run):
+    fill("in", 40, mode="RGB")
+    patience = {f"{model}__training__patience": 2 for model in ("vae", "ddpm")}
+    without_guide = {"ddpm__guide_share": 0, "sample__ddpm__autoguidance_scale": 1}
+    few = {"vae__training__images": 320, "vae__training__lr": 0.1, "ddpm__training__images": 640}
+    run(**patience, **without_guide, **few, ddpm__augment=0.5, ddpm__training__lr=0.05)
+    for model, error in (("vae", "elbo"), ("ddpm", "eps_mse")):
+        with Path(f"metrics/plots/train_{model}/validation.csv").open() as file:
+            rows = [(float(row[f"validation_{error}"]), int(row["images"])) for row in csv.DictReader(file)]
+        best = rows.index(min(rows))
+        kept = json.loads(Path(f"metrics/train_{model}.json").read_text())["kept_at"]
+        assert kept == rows[best][1]
+        assert len(rows) == best + 3 or rows[-1][1] == few[f"{model}__training__images"]
+    settings = {"precision": "float32", "sampler": "ddim", "steps": 2, "eta": 0.0, "guidance_scale": 1.0}
+    model = load_image_model(Path("data/models/ddpm"), settings)
+    assert model.generate(4, seed=1).shape == (4, 3, 16, 16)
 
 
 # Sizes

@@ -283,7 +283,7 @@ def test_each_kind_of_augmentation_has_the_probability_asked_for():
     ]
     shares = [(kind != 0).double().mean().item() for kind in kinds]
     five_sigma = 5 * math.sqrt(0.2 * 0.8 / 20_000)
-    assert shares == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.2, 0.2], abs=five_sigma)  # half of mirrors do nothing
+    assert shares == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.2, 0.2], abs=five_sigma)  # half do not mirror
     turned = drawn[drawn[:, 3:5].any(1)]
     torch.testing.assert_close((turned[:, 3] + 1).square() + turned[:, 4].square(), torch.ones(len(turned)))
     assert not draw_augmentation(100, 0.0, seeded()).any()

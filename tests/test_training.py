@@ -242,9 +242,10 @@ def test_training_ends_when_its_patience_does_and_the_best_average_is_kept(
     tmp_path, patience, kept, validations
 ):
     log, settings = Log(), FALLS_AND_RISES | {"patience": patience}
-    weights, curves, _ = run(tmp_path / "run", validate=falls_and_rises, log=log, **settings)
+    weights, curves, trainer = run(tmp_path / "run", validate=falls_and_rises, log=log, **settings)
     assert len(curves.validation) == len(log.models) == validations
     assert torch.equal(weights["average.linear.weight"], dict(log.models)[kept])
+    assert trainer.kept["images"] == kept
 
 
 @pytest.mark.parametrize("killed_after", [5, 8, 9])  # before and after the best validation, at 4 steps

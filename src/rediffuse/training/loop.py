@@ -150,6 +150,12 @@ class Trainer(Generic[Model]):
                     self._save(checkpoint)
         return self.best or self.average.model.eval(), self.curves
 
+    @property
+    def kept(self) -> Row:
+        """The last validation or, with patience, the best one: that of the model that `train` returns."""
+        rows = self.curves.validation
+        return rows[self._best() if self.config.patience else -1] if rows else {}
+
     def _exhausted(self) -> bool:
         """Return whether the last `patience` validations were no better than the one before them."""
         patience, since = self.config.patience, len(self.curves.validation) - 1 - self._best()
