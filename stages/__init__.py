@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
 PACKAGES = (
-    *("filelock", "mlflow", "numpy", "PIL", "pydantic", "safetensors", "scipy", "sklearn"),
+    *("filelock", "jinja2", "mlflow", "numpy", "PIL", "pydantic", "safetensors", "scipy", "sklearn"),
     *("torch", "torch_fidelity", "tqdm", "yaml"),
 )
 if missing := [name for name in PACKAGES if find_spec(name) is None]:

@@ -7,7 +7,9 @@ import torch
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.figures.ddpm import draw_denoising, draw_noising
+from rediffuse.figures.films import Painter
 from rediffuse.figures.neighbours import draw_neighbours
+from rediffuse.figures.page import draw_page
 from rediffuse.figures.samples import draw_samples
 from rediffuse.figures.scores import draw_scores
 from rediffuse.figures.vae import draw_vae
@@ -25,7 +27,7 @@ from rediffuse.vae.model import VAE
 from stages import run_stage
 
 IMAGES, MODELS, SAMPLES = Path("data/pixels"), Path("data/models"), Path("data/samples")
-RECORDS, REPORT = Path("metrics/evaluation"), Path("metrics/report")
+RECORDS, REPORT, CURVES = Path("metrics/evaluation"), Path("metrics/report"), Path("metrics/plots")
 
 
 @torch.inference_mode()
@@ -40,7 +42,8 @@ def main() -> None:
             draw_samples(samples.sets[0], test.classes, folder)
             draw_scores(records[model], records["reference"], folder)
             draw_neighbours(records[model], records["reference"], samples.images, train, test, folder)
-        draw_vae(load_model(VAE, MODELS / "vae", device()), test, REPORT / "vae")
+        vae = load_model(VAE, MODELS / "vae", device())
+        draw_vae(vae, test, REPORT / "vae")
         denoiser = load_model(Denoiser, MODELS / "ddpm", device())
         space = load_space(MODELS / "ddpm", denoiser.shape, device())
         images, _ = on_device(validation if len(validation) else train)
@@ -48,6 +51,10 @@ def main() -> None:
         sampling = records["ddpm"]["sampling"]
         guide = load_guide(MODELS / "ddpm", sampling["autoguidance_scale"])
         draw_denoising(denoiser, guide, space, sampling, params.precision, REPORT / "ddpm")
+        painter = Painter(denoiser, guide, space, sampling, params.precision)
+        draw_page(
+            REPORT, records, painter, vae, images, test, seed=params.seed, trained=len(train), curves=CURVES
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from browser import dump, needs_browser
 from PIL import Image
 from servers import tracking_server
 
@@ -34,15 +35,7 @@ ROWS: dict[str, tuple[dict[str, dict[str, Any]], float, int]] = {
     "small-latent": ({"vae": {"latent_dim": 2}}, 2.53, 200),
 }
 PAGE = "/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=compare"
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, PROGRAMS)), None)
-# A container has no sandbox for the browser and little /dev/shm.  The window shows the whole page, because
-# MLflow draws only what can be seen.
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-FLAGS += ["--disable-extensions", "--disable-background-networking", "--no-proxy-server"]
-FLAGS += ["--window-size=1600,4000", "--virtual-time-budget=60000", "--dump-dom"]
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason=f"none of {PROGRAMS} is on PATH")]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +79,6 @@ def run_stage(changes: dict[str, dict[str, Any]], score: float, grey: int) -> No
         Path(f"metrics/{model}.json").write_text(json.dumps(scores))
     with stage_run("evaluate_ddpm", load_params()) as run:
         run._open_row().log_results(result_files([Path("metrics")]))
-
-
-def dump(url: str, folder: Path) -> str:
-    """Return the page as HTML once its scripts have run.  Without the screenshot Chromium draws nothing."""
-    options = [*FLAGS, f"--user-data-dir={folder}/profile", f"--screenshot={folder}/page.png"]
-    return subprocess.run(
-        [str(BROWSER), *options, url], capture_output=True, text=True, timeout=180, check=True
-    ).stdout
 
 
 def test_compare_view_shows_parameters_scores_and_pictures_of_all_rows(

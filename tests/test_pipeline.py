@@ -4,6 +4,7 @@ tiny, and of Fashion-MNIST there are the first images.
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -14,8 +15,10 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from browser import dump, needs_browser
 from toy_pipeline import environment, run
 
+from rediffuse.figures.scores import Spread
 from rediffuse.sources.fashion_mnist import FILES
 from rediffuse.tracking.store import connect
 
@@ -188,6 +191,54 @@ def test_repro_leaves_one_row_with_parameters_metrics_curves_and_pictures(checko
     assert pictures(client, row) == PICTURES | training
     records = {Path(file.path).name for file in client.list_artifacts(row.info.run_id, "metrics/evaluation")}
     assert records == {"reference.json", "vae.json", "ddpm.json"}
+
+
+ACT = """
+const reels = [...document.querySelectorAll(".reel")];
+const places = () => Object.fromEntries(reels.map(reel => [reel.id, reel.style.backgroundPosition]));
+const before = places();
+for (const name of ["time", "guidance", "walk"]) {
+  const slider = at(`${name}-at`);
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+}
+at("samplers-at").value = 1;
+at("samplers-at").dispatchEvent(new Event("input"));
+at("map").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+const after = places(), text = document.querySelector("output[for=time-at]").value;
+const moved = Object.keys(after).filter(id => after[id] != before[id]);
+const found = { moved, text, failures, wide: document.documentElement.scrollWidth > innerWidth };
+const told = { id: "found", textContent: JSON.stringify(found) };
+document.body.append(Object.assign(document.createElement("pre"), told));
+"""
+WATCH = """<script>const failures = [];
+addEventListener("error", event => failures.push(event.message));
+addEventListener("securitypolicyviolation", event => failures.push(event.blockedURI));</script>"""
+
+
+def test_the_page_needs_nothing_else_and_is_in_the_row(checkout):
+    page = (checkout / "metrics/report/index.html").read_text()
+    assert "://" not in page and len(page) < 12e6
+    assert page.count("<img") == len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+">', page))
+    for model in ("vae", "ddpm"):
+        scores = json.loads((checkout / f"metrics/evaluation/{model}.json").read_text())
+        assert str(Spread.of(scores["instruments"][INSTRUMENT]["scores"]["fd"])) in page
+    client, (row, *_) = rows(checkout)
+    kept = client.download_artifacts(row.info.run_id, "report/index.html")
+    assert Path(kept).read_text() == page
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height"), [(1200, 5000), (500, 8000)])
+def test_the_sliders_and_the_map_of_the_page_move_its_pictures(checkout, tmp_path, width, height):
+    page = (checkout / "metrics/report/index.html").read_text()
+    page = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{WATCH}')
+    (tmp_path / "page.html").write_text(page.replace("</script>\n</html>", f"{ACT}</script>\n</html>"))
+    shown = dump(f"file://{tmp_path}/page.html", tmp_path, width=width, height=height)
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', shown)[1])
+    reels = {"real", "x_t", "x_0", "samplers", "guidance", "decoded", "walk"}
+    assert set(found["moved"]) == reels and found["text"] == "t = 50 of 50"
+    assert found["failures"] == [] and not found["wide"]
 
 
 def test_models_can_be_ranked_by_the_primary_metric(checkout):

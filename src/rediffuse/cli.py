@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +16,36 @@ from rediffuse.runtime.kinds import KINDS
 
 
 class Commands(click.Group):
-    """Commands that end with `error: ...` on stderr and status 1, without a traceback, after a UserError."""
+    """Commands that end with `error: ...` on stderr and status 1 after a UserError or an error of a file.
+
+    A traceback follows only with --debug, or from an error that is ours.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except BrokenPipeError:  # of `| head`: click ends quietly
+            raise
+        except (UserError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@click.option("--debug", is_flag=True, help="After an error, print where it arose.")
 @click.version_option(rediffuse.__version__, prog_name="rediffuse")
-def main() -> None:
-    """A VAE and a DDPM as a reproducible pipeline.  The pipeline itself is run by DVC: `dvc repro`."""
+def main(quiet: bool, debug: bool) -> None:
+    """A VAE and a DDPM as a reproducible pipeline.  The pipeline itself is run by DVC: `dvc repro`.
+
+    Results go to stdout, progress and warnings to stderr; the exit status is 0, or 1 after an error, or 2 for
+    arguments that are wrong.  `eval "$(_REDIFFUSE_COMPLETE=bash_source rediffuse)"` completes commands and
+    options in bash; zsh_source and fish_source do it in those.
+    """
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # which tqdm reads when it is imported, by the command
 
 
 @main.command()
@@ -292,7 +309,13 @@ def export(output: str, **options: Any) -> None:
 @OWN_MODEL
 @click.option("--alias", default="champion", show_default=True)
 def promote(name: str, model: str, alias: str) -> None:
-    """Move the alias of a registered model to the version of a row, or to a version by its number."""
+    """Move the alias of a registered model to the version of a row, or to a version by its number.
+
+    \b
+    Examples:
+      rediffuse promote tidy-ox
+      rediffuse promote 3 --model vae --alias candidate
+    """
     from rediffuse.commands.promote import promote as move
 
     click.echo(move(name, model, alias))
@@ -337,6 +360,10 @@ def doctor(ctx: click.Context) -> None:
 
     FAIL: results are wrong or cannot be rebuilt.  warn: may cost a result or its proof.  The exit status is 1
     if there is a FAIL.
+
+    \b
+    Example:
+      rediffuse doctor && make repro
     """
     from rediffuse.commands.doctor import doctor as examine
 
@@ -353,6 +380,10 @@ def ui(port: int) -> None:
     """Show the rows in MLflow: print the address of the page that compares them, and serve it.
 
     If MLFLOW_TRACKING_URI names a server (http://...), its address is printed and no server is started.
+
+    \b
+    Example:
+      rediffuse ui --port 5001
     """
     from rediffuse.commands.ui import ui as show
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -31,10 +32,7 @@ def latent_map(
     legend = labels is not None and len(classes) <= MOST
     figure = Figure(figsize=(11 if legend else 9, 9), dpi=100, layout="constrained")
     axis = figure.add_subplot(xlabel=x, ylabel=y, title="Posterior means of the VAE")
-    if len(classes) <= 10:
-        colours = matplotlib.colormaps["tab10"]
-    else:
-        colours = matplotlib.colormaps["turbo"].resampled(len(classes))
+    colours = class_colours(len(classes))
     # In the order of the data, not class by class, so that the last class does not cover the others.
     colour = None if labels is None else colours(labels)
     axis.scatter(points[:, 0], points[:, 1], s=6, c=colour, alpha=0.6, linewidths=0)
@@ -43,6 +41,11 @@ def latent_map(
         # Given as arguments: matplotlib leaves out labels of its own that begin with "_".
         figure.legend(marks, [plain(name) for name in legible(classes)], loc="outside right center")
     return render(figure)
+
+
+def class_colours(n: int) -> Colormap:
+    """Return the colours of n classes, by index."""
+    return matplotlib.colormaps["tab10"] if n <= 10 else matplotlib.colormaps["turbo"].resampled(n)
 
 
 def principal_components(means: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

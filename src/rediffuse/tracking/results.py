@@ -5,6 +5,7 @@ metrics/train_vae.json                   {"elbo": -240.1}         ->  metric tra
 metrics/evaluation/ddpm.json             full record              ->  artifact only
 metrics/plots/train_ddpm/training.csv    images,loss              ->  curve  ddpm/loss, step = images seen
 metrics/report/ddpm/denoising.png                                 ->  image  ddpm/denoising
+metrics/report/index.html                                         ->  artifact report/index.html
 """
 
 from __future__ import annotations

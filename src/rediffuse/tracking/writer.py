@@ -98,6 +98,7 @@ class RowWriter:
         """Write files below metrics/; results.py says under which names.
 
         JSON: the file, and its numbers unless it is a full record.  CSV: points of curves.  PNG: a picture.
+        HTML: the file, which MLflow shows.
         """
         for path in files:
             if path.suffix == ".json":
@@ -107,6 +108,8 @@ class RowWriter:
             elif path.suffix == ".csv":
                 for images, values in read_curve_points(path):
                     self.log_curve(images, values)
+            elif path.suffix == ".html":
+                self.log_file(path, "report")
             elif path.suffix == ".png":
                 from PIL import Image
 
