@@ -2,7 +2,9 @@
 tiny, and of Fashion-MNIST there are the first images.
 """
 
+import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -16,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from browser import dump, needs_browser
+from PIL import Image
 from toy_pipeline import environment, run
 
 from rediffuse.figures.scores import Spread
@@ -226,6 +229,15 @@ def test_the_page_needs_nothing_else_and_is_in_the_row(checkout):
     client, (row, *_) = rows(checkout)
     kept = client.download_artifacts(row.info.run_id, "report/index.html")
     assert Path(kept).read_text() == page
+
+
+def test_the_last_frame_of_the_page_is_what_the_model_draws(checkout):
+    page = (checkout / "metrics/report/index.html").read_text()
+    for reel in ("x_t", "x_0"):
+        png = re.search(rf'id="{reel}".*?base64,([^)]+)\)', page, re.DOTALL)[1]
+        sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+        drawn = np.load(checkout / "data/samples/ddpm/1/images.npy")[:10, 0]
+        np.testing.assert_array_equal(sheet[-28:], np.hstack(drawn))
 
 
 @needs_browser

@@ -188,13 +188,13 @@ def rulers(records: Mapping[str, Record], reference: Record) -> list[dict[str, A
             if name in record["instruments"]
         ]
         rows.sort(key=lambda row: row[1].mean)
-        positive = [row[1].mean for row in rows if row[1].mean > 0]
+        positive = [row[1].mean for row in rows if row[1].mean > 0] or [1.0]
         low, high = math.log(min(positive)), math.log(max(positive))
         floor = next((spread.mean for _, spread, kind in rows if kind == "real"), None)
         shown = []
         for label, spread, kind in rows:
             place = (math.log(max(spread.mean, min(positive))) - low) / (high - low or 1)
-            times = f"{_rounded(spread.mean / floor)} times" if floor and floor > 0 else ""
+            times = f"{_rounded(spread.mean / floor)} times" if floor and kind != "real" else ""
             shown.append(
                 {
                     "label": label,
