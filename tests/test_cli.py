@@ -18,7 +18,8 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     """Run it in a process of its own."""
     code = "from rediffuse.cli import main; main(prog_name='rediffuse')"
     start = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(start, capture_output=True, text=True, env=os.environ | environment)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}
+    return subprocess.run(start, capture_output=True, text=True, env=inherited | environment)
 
 
 @pytest.mark.parametrize("name", main.commands)
