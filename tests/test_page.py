@@ -126,6 +126,10 @@ def test_curves_reach_from_the_highest_to_the_lowest_value(tmp_path):
         ("first", f"{WIDE / 2:.1f},0.0 {WIDE:.1f},{HIGH / 2:.1f}"),
         ("second", f"{WIDE:.1f},{HIGH:.1f}"),
     ]
+    path.write_text("images,a,b\n100,2.0,\n200,-2.0,\n")
+    negative = chart(path, {"a": "first", "b": "without a value"})
+    assert negative is not None and negative["axis"] == "linear" and shown["axis"] == "log"
+    assert [line["points"] for line in negative["lines"]] == [f"{WIDE / 2:.1f},0.0 {WIDE:.1f},{HIGH:.1f}"]
     path.write_text("images,a\n100,1.0\n")
     assert chart(path, {"a": "first"}) is None
     path.write_text("images\n")

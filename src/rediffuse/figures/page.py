@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,34 +212,38 @@ def _rounded(x: float) -> str:
     return f"{x:.3g}" if x < 100 else f"{x:,.0f}"
 
 
-def chart(path: Path, columns: Mapping[str, str], *, log: bool = True) -> dict[str, Any] | None:
+def chart(path: Path, columns: Mapping[str, str]) -> dict[str, Any] | None:
     """Return curves of a CSV with the column `images` as the points of lines; None without two rows.
 
-    columns: names of the lines by column.
+    columns: names of the lines by column.  The axis is logarithmic if all values are positive.
     """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = {
-        name: [row[column] for row in rows] for column, name in columns.items() if column in (rows or [{}])[0]
+    read = {
+        name: [(float(row["images"]), float(row[column])) for row in rows if row.get(column)]
+        for column, name in columns.items()
     }
+    lines = {name: points for name, points in read.items() if points}
     if len(rows) < 2 or not lines:
         return None
-    scale = (lambda y: math.log(max(y, 1e-12))) if log else float
-    images = [float(row["images"]) for row in rows]
-    values = {name: [float(y) if y else None for y in line] for name, line in lines.items()}
-    known = [y for line in values.values() for y in line if y is not None]
+    known = [y for points in lines.values() for _, y in points]
+    log, end = min(known) > 0, float(rows[-1]["images"])
+    scale: Callable[[float], float] = math.log if log else float
     low, high = scale(min(known)), scale(max(known))
-    drawn = []
-    for i, (name, line) in enumerate(values.items()):
-        points = [
-            f"{WIDE * x / images[-1]:.1f},{HIGH - HIGH * (scale(y) - low) / (high - low or 1):.1f}"
-            for x, y in zip(images, line, strict=True)
-            if y is not None
-        ]
-        last = next(y for y in reversed(line) if y is not None)
-        drawn.append({"name": name, "points": " ".join(points), "colour": COLOURS[i], "last": f"{last:.4g}"})
-    ends = {"low": f"{min(known):.3g}", "high": f"{max(known):.3g}", "images": f"{int(images[-1]):,}"}
-    return {"lines": drawn, "width": WIDE, "height": HIGH} | ends
+    drawn = [
+        {
+            "name": name,
+            "points": " ".join(
+                f"{WIDE * x / end:.1f},{HIGH - HIGH * (scale(y) - low) / (high - low or 1):.1f}"
+                for x, y in points
+            ),
+            "colour": colour,
+            "last": f"{points[-1][1]:.4g}",
+        }
+        for (name, points), colour in zip(lines.items(), COLOURS, strict=False)
+    ]
+    about = {"low": f"{min(known):.3g}", "high": f"{max(known):.3g}", "images": f"{int(end):,}"}
+    return {"lines": drawn, "width": WIDE, "height": HIGH, "axis": "log" if log else "linear"} | about
 
 
 def log_snr_chart(log_snr: Sequence[float], times: Sequence[int]) -> dict[str, Any]:
