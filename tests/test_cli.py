@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 from click.testing import CliRunner
 from folders import fill
+from toy_pipeline import run
 
 from rediffuse.cli import main
 from rediffuse.runtime.errors import UserError
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run it in a process of its own."""
-    code = "from rediffuse.cli import main; main(prog_name='rediffuse')"
-    start = [sys.executable, "-c", code, *arguments]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}
-    return subprocess.run(start, capture_output=True, text=True, env=inherited | environment)
 
 
 @pytest.mark.parametrize("name", main.commands)
@@ -45,15 +34,16 @@ def test_a_file_that_cannot_be_written_is_an_error_in_a_line(tmp_path, monkeypat
     assert "0000.png" in done.stderr.splitlines()[-1] and "Traceback" not in done.output
 
 
-def test_quiet_has_no_progress_and_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_quiet_has_no_progress_and_the_same_result(tmp_path):
     fill(tmp_path / "in", 40)
-    loud, quiet = command("inspect", "in"), command("-q", "inspect", "in")
-    assert loud.returncode == quiet.returncode == 0
+    loud = run(tmp_path, "rediffuse", "inspect", "in", TQDM_DISABLE="")
+    quiet = run(tmp_path, "rediffuse", "-q", "inspect", "in", TQDM_DISABLE="")
     assert "it/s" in loud.stderr or "image/s" in loud.stderr
     assert quiet.stderr == "" and quiet.stdout == loud.stdout
 
 
-def test_a_shell_completes_commands():
+def test_a_shell_completes_commands(tmp_path):
     asked = {"_REDIFFUSE_COMPLETE": "bash_complete", "COMP_WORDS": "rediffuse in", "COMP_CWORD": "1"}
-    assert {"plain,inpaint", "plain,inspect", "plain,interpolate"} == set(command(**asked).stdout.split())
+    assert {"plain,inpaint", "plain,inspect", "plain,interpolate"} == set(
+        run(tmp_path, "rediffuse", **asked).stdout.split()
+    )
