@@ -50,8 +50,8 @@ def main() -> None:
         draw_noising(denoiser.schedule, space, images, seed=params.seed, folder=REPORT / "ddpm")
         sampling = records["ddpm"]["sampling"]
         guide = load_guide(MODELS / "ddpm", sampling["autoguidance_scale"])
-        draw_denoising(denoiser, guide, space, sampling, params.precision, REPORT / "ddpm")
         painter = Painter(denoiser, guide, space, sampling, params.precision)
+        draw_denoising(painter, REPORT / "ddpm")
         draw_page(
             REPORT, records, painter, vae, images, test, seed=params.seed, trained=len(train), curves=CURVES
         )

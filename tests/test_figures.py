@@ -17,6 +17,7 @@ from tiny_checkout import SHAPE, make_checkout
 
 from rediffuse.diffusion.denoiser import Denoiser
 from rediffuse.figures.ddpm import draw_denoising
+from rediffuse.figures.films import Painter
 from rediffuse.figures.latent import principal_components
 from rediffuse.figures.neighbours import draw_neighbours
 from rediffuse.figures.samples import draw_samples
@@ -110,7 +111,7 @@ def test_denoising_ends_with_the_images_of_the_first_seed(checkout, tmp_path):
     guide = load_guide(root / "data/models/ddpm", 1.5)
     sampling = {"n": 1000, "seeds": [3, 4], "rounding": "nearest"} | params.sample.ddpm.model_dump()
     with torch.inference_mode():
-        draw_denoising(denoiser, guide, space, sampling, params.precision, tmp_path)
+        draw_denoising(Painter(denoiser, guide, space, sampling, params.precision), tmp_path)
         draw_shard = ddpm_shards(denoiser, params.sample.ddpm, params.precision, space=space, guide=guide)
         expected = draw(1000, draw_shard, seed=3, title="images").numpy()[:10]
     picture = read(tmp_path / "denoising.png")
@@ -280,7 +281,7 @@ def test_every_picture_shows_the_names_of_its_classes(checkout, tmp_path):
         vae.class_names = denoiser.class_names = names
         with torch.inference_mode():
             draw_vae(vae, ImageSet(images, labels, names), tmp_path)
-            draw_denoising(denoiser, guide, space, sampling, params.precision, tmp_path)
+            draw_denoising(Painter(denoiser, guide, space, sampling, params.precision), tmp_path)
         draw_samples(Samples(images, labels), names, tmp_path)
         drawn = [read(tmp_path / f"{name}.png") for name in ("analogies", "latent", "denoising", "samples")]
         classes = {name: {"fd": 3.0, "n": 700} for name in names}

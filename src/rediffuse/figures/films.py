@@ -6,6 +6,7 @@ A film is uint8 (frames, C, H, W); all its frames are one PNG, in rows of `colum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -74,25 +75,26 @@ class Painter:
         )
         return shard(torch.arange(n), shard_generator(self.seed, 0))
 
-    def denoising(self) -> tuple[Film, Film, list[int]]:
-        """Return x_t and D(x_t, t) at each step, the last frame the result, and their times.
+    @cached_property
+    def steps(self) -> list[tuple[int, Tensor, Tensor]]:
+        """t, x_t and D(x_t, t), uint8 (SHOWN, C, H, W), at each step, and the result, at t = 0, as both.
 
         They become the first images of the sample set.
         """
-        times: list[int] = []
-        noisy: list[Tensor] = []
-        guessed: list[Tensor] = []
+        found: list[tuple[int, Tensor, Tensor]] = []
 
         def observe(t: int, x_t: Tensor, x_0: Tensor) -> None:
-            times.append(t)
-            noisy.append(self.space.decode(x_t[:SHOWN]))
-            guessed.append(self.space.decode(x_0[:SHOWN]))
+            found.append((t, self.space.decode(x_t)[:SHOWN], self.space.decode(x_0)[:SHOWN]))
 
         last = self.draw(SHARD, observe)[:SHOWN]
-        times.append(0)
+        return [*found, (0, last, last)]
+
+    def denoising(self) -> tuple[Film, Film, list[int]]:
+        """Return films of x_t and D(x_t, t) at each of the steps, and their times."""
+        times, noisy, guessed = zip(*self.steps, strict=True)
         labels = [f"t = {t} of {self.denoiser.schedule.T}" for t in times]
-        x_t, x_0 = (Film(beside(torch.stack([*frames, last])), labels) for frames in (noisy, guessed))
-        return x_t, x_0, times
+        x_t, x_0 = (Film(beside(torch.stack(frames)), labels) for frames in (noisy, guessed))
+        return x_t, x_0, list(times)
 
     def samplers(self) -> Film:
         """Return the images by each sampler in each number of steps."""
@@ -110,11 +112,19 @@ class Painter:
         return Film(beside(torch.stack(drawn)), [f"guidance {scale:g}" for scale in SCALES])
 
 
-def noising(schedule: Schedule, space: Space, images: Tensor, times: Sequence[int], seed: int) -> Film:
-    """Return the first images at these times, with the same noise at each."""
-    x_0 = space.encode(images[:SHOWN])
+def noised(schedule: Schedule, space: Space, images: Tensor, times: Sequence[int], seed: int) -> Tensor:
+    """Return images (k, C, H, W) at these times, with the same noise at each, (times, k, C, H, W).
+
+    Latents are decoded.
+    """
+    x_0 = space.encode(images)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed_for(seed))).to(x_0.device)
-    frames = torch.stack([space.decode(schedule.q_sample(x_0, t, eps)) for t in times])
+    return torch.stack([space.decode(schedule.q_sample(x_0, t, eps)) for t in times])
+
+
+def noising(schedule: Schedule, space: Space, images: Tensor, times: Sequence[int], seed: int) -> Film:
+    """Return the film of the first images at these times."""
+    frames = noised(schedule, space, images[:SHOWN], times, seed)
     return Film(beside(frames), [f"t = {t} of {schedule.T}" for t in times])
 
 
